@@ -1,0 +1,1 @@
+"""The program and facts about it. Nothing here rewrites a program."""

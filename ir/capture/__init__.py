@@ -1,0 +1,1 @@
+"""Front ends: one file for each kind of model."""

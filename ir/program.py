@@ -1,0 +1,261 @@
+"""The program: a functional FX graph over ATen and the dialect, with roles for what goes in and comes out.
+
+A program owns its graph but not its tensors: every `get_attr` node names a tensor of the graph module, and those alias
+the user's model until a pass replaces one (the overlay). The user's model itself is never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import TreeSpec
+
+from skipstone.ir.errors import InternalError, Unsupported
+
+
+class Role(StrEnum):
+    """What an input or output of a program means."""
+
+    TOKENS = "tokens"  # int64 [B, S]
+    EMBEDDINGS = "embeddings"  # float [B, S, hidden], instead of tokens
+    POSITIONS = "positions"  # int64 [B, S]
+    PADDING = "padding"  # int64 or bool [B, S], 1 where the token is real (bidirectional models)
+    START = "start"  # int64 [B], rows of each sequence that are in the cache already
+    LOGIT_ROWS = "logit_rows"  # int64 [B, R], the rows of the sequence that reach the head
+    CACHE_KEY = "cache_key"  # float [B, KH, C, D] of one slot
+    CACHE_VALUE = "cache_value"  # float [B, KH, C, Dv] of one slot
+    LOGITS = "logits"  # float [B, S or R, vocabulary]
+    TENSOR = "tensor"  # anything else, known by its name alone
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a program.
+
+    Attributes:
+        name: the placeholder's name, or the output's key.
+        role: what it means.
+        slot: the cache slot that it belongs to, for the cache roles.
+    """
+
+    name: str
+    role: Role
+    slot: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Facts about the model that a program was captured from.
+
+    Attributes:
+        name: class name of the model.
+        dtype: dtype of its parameters.
+        device: device of its parameters.
+        vocabulary: number of token ids it embeds, if it embeds tokens.
+        max_positions: the largest sequence it has positions for, if it says so.
+        parameters: number of parameters, shared ones counted once.
+        fingerprint: sha256 over parameter names, shapes, dtypes and a sample of their values.
+    """
+
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    vocabulary: int | None
+    max_positions: int | None
+    parameters: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a program's history: what a pass said and what it did to the graph.
+
+    Attributes:
+        name: name of the pass.
+        remarks: its remarks (`skipstone.passes.base.Remark`), in order.
+        nodes_before, nodes_after: operator counts of the graph.
+        seconds: time it took.
+        code: the readable graph after the pass.
+    """
+
+    name: str
+    remarks: tuple[Any, ...]
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    code: str = field(repr=False)
+
+
+@dataclass
+class Program:
+    """A functional graph with roles.
+
+    Attributes:
+        module: the graph module. Placeholders are `inputs` in order, `get_attr` nodes are tensors, and the output node
+            returns one flat tuple, `outputs` in order. Every node but the output carries `meta["val"]` (fake tensor,
+            or a plain number for size arithmetic).
+        inputs, outputs: the ports, in graph order.
+        source: facts about the captured model.
+        output_spec: how the user's model structured its outputs.
+        cache_refusal: why this program can have no KV cache, where the capture knows it already.
+        history: what has been done to the program, in order.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    source: Source
+    output_spec: TreeSpec | None = None
+    cache_refusal: Unsupported | None = None
+    history: list[Record] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph itself."""
+        return self.module.graph
+
+    def nodes(self, *targets: Any) -> Iterator[fx.Node]:
+        """The call nodes of the graph in order; those of `targets` alone, if any are given."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and (not targets or node.target in targets):
+                yield node
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor that `get_attr` nodes of this dotted name stand for.
+
+        Raises:
+            InternalError: there is no such tensor.
+        """
+        owner: Any = self.module
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        if not isinstance(owner, Tensor):
+            raise InternalError(f"the program has no tensor {name!r}")
+        return owner
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that the graph reads, by name, in graph order."""
+        return {str(node.target): self.tensor(str(node.target)) for node in self.graph.nodes if node.op == "get_attr"}
+
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors that the graph reads; shared storage is counted once."""
+        seen = {(t.untyped_storage().data_ptr(), t.storage_offset(), t.shape): t for t in self.tensors().values()}
+        return sum(t.numel() * t.element_size() for t in seen.values())
+
+    def input(self, role: Role, slot: int | None = None) -> fx.Node | None:
+        """The placeholder of that role (and slot), or None."""
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for port, node in zip(self.inputs, placeholders, strict=True):
+            if port.role == role and port.slot == slot:
+                return node
+        return None
+
+    def output_node(self) -> fx.Node:
+        """The graph's output node."""
+        return next(iter(reversed(self.graph.nodes)))
+
+    def output(self, role: Role, slot: int | None = None) -> fx.Node | None:
+        """The node whose value leaves the program under that role (and slot), or None."""
+        for port, node in zip(self.outputs, self.output_node().args[0], strict=True):  # type: ignore[arg-type]
+            if port.role == role and port.slot == slot:
+                return node
+        return None
+
+    def slots(self) -> tuple[int, ...]:
+        """The cache slots of the program, in order."""
+        return tuple(port.slot for port in self.inputs if port.role == Role.CACHE_KEY and port.slot is not None)
+
+    def copy(self) -> Program:
+        """A copy with its own graph and the same tensors."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        returned = graph.graph_copy(self.graph, mapping)
+        graph.output(returned)
+        for old, new in mapping.items():
+            new.meta = copy.copy(old.meta)
+        module = fx.GraphModule(self.tensors(), graph)
+        return replace(self, module=module, history=list(self.history))
+
+    def recompile(self) -> None:
+        """Drop dead nodes and unused tensors, check the graph's form, and regenerate its code."""
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.module = fx.GraphModule(self.tensors(), self.graph)
+
+    def run(self, **values: Tensor) -> dict[str, Tensor]:
+        """Execute the graph with plain PyTorch.
+
+        Args:
+            values: one tensor per input port, by port name.
+        Returns:
+            the outputs by port name.
+        """
+        results = self.module(*(values[port.name] for port in self.inputs))
+        return {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the innermost module that a node came from ("" for the root).
+
+    Export keeps `('layers.0', 'package.Class')` in `nn_module_stack`, Dynamo `("L['self'].layers.0", Class)`; both
+    are read here, and nowhere else.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry, _class in stack.values():
+        path = str(entry).removeprefix("L['self']").removeprefix(".")
+    return path
+
+
+def propagate(program: Program, nodes: Iterable[fx.Node] | None = None) -> None:
+    """Recompute `meta["val"]` of `nodes` (default: every call node) from their arguments' fake values."""
+    for node in list(nodes if nodes is not None else program.nodes()):
+        node.meta["val"] = fake_value(node)
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What a call node returns, computed on the fake values of its arguments.
+
+    Raises:
+        InternalError: an argument carries no value.
+    """
+
+    def value(argument: fx.Node) -> Any:
+        if "val" not in argument.meta:
+            raise InternalError(f"node {argument.name} has no value metadata (needed by {node.name})")
+        return argument.meta["val"]
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    mode = _fake_mode((args, kwargs))
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    if mode is None:
+        return target(*args, **kwargs)
+    with mode, torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def _fake_mode(values: Any) -> Any:
+    for value in torch.utils._pytree.tree_leaves(values):
+        if hasattr(value, "fake_mode"):
+            return value.fake_mode
+    return None
+
+
+@contextmanager
+def provenance(program: Program, by: str, like: fx.Node | None = None) -> Iterator[None]:
+    """Mark every node created inside as made by pass `by`; it takes its module path from `like`."""
+    before = set(program.graph.nodes)
+    yield
+    for node in program.graph.nodes:
+        if node not in before:
+            node.meta["made_by"] = (*node.meta.get("made_by", ()), by)
+            if like is not None and "nn_module_stack" not in node.meta:
+                node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
+                node.meta["stack_trace"] = like.meta.get("stack_trace", "")

@@ -1,0 +1,1 @@
+"""Triton kernels, one concept a file, for the dialect operators of the same names."""

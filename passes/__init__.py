@@ -1,0 +1,1 @@
+"""Rewrites, one a file: configuration, check and rewrite of each in one class."""

@@ -1,0 +1,169 @@
+"""Give every attention a cache slot, so that a program computes only its new tokens."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION
+from skipstone.ir.errors import InternalError, Unsupported
+from skipstone.ir.program import Port, Program, Role, fake_value, module_path, provenance
+from skipstone.ir.sequence import prove_cacheable
+from skipstone.passes.base import Pass, Remark
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class InsertKVCache(Pass):
+    """Turn each `attention` into a `cached_attention` with its own slot, numbered densely in graph order.
+
+    The program gains the inputs ``start``, ``logit_rows``, ``key_i`` and ``value_i`` and the outputs ``new_key_i`` and
+    ``new_value_i``. It is done only where `skipstone.ir.sequence` proves that tokens mix in attention alone.
+    """
+
+    name: ClassVar[str] = "kv_cache"
+
+    def check(self, program: Program) -> None:
+        """See `Pass.check`."""
+        if program.cache_refusal is not None:
+            raise program.cache_refusal
+        if program.input(Role.TOKENS) is None or program.output(Role.LOGITS) is None:
+            raise Unsupported("a KV cache for a program without tokens and logits", hint="Use cache=False.")
+        prove_cacheable(program)
+
+    def rewrite(self, program: Program) -> list[Remark]:
+        """See `Pass.rewrite`."""
+        select_logit_rows(program)
+        start = _placeholder(program, Port("start", Role.START), _like_batch(program, ()))
+        remarks, results = [], []
+        for slot, node in enumerate(list(program.nodes(ATTENTION))):
+            q, k, v = (argument for argument in node.args[:3])
+            sinks = node.args[5] if len(node.args) > 5 else None
+            caches = [
+                _placeholder(program, Port(f"{which}_{slot}", role, slot), _like_cache(program, value))  # type: ignore[arg-type]
+                for which, role, value in (("key", Role.CACHE_KEY, k), ("value", Role.CACHE_VALUE, v))
+            ]
+            with provenance(program, self.name, like=node), program.graph.inserting_before(node):
+                options = {**node.kwargs, "slot": slot}
+                call = program.graph.call_function(CACHED_ATTENTION, (q, k, v, *caches, start, None, sinks), options)
+                call.meta["val"] = fake_value(call)
+                out, new_key, new_value = (program.graph.call_function(operator.getitem, (call, i)) for i in range(3))
+            for index, item in enumerate((out, new_key, new_value)):
+                item.meta["val"] = call.meta["val"][index]
+            node.replace_all_uses_with(out)
+            program.graph.erase_node(node)
+            results += [(Port(f"new_key_{slot}", Role.CACHE_KEY, slot), new_key)]
+            results += [(Port(f"new_value_{slot}", Role.CACHE_VALUE, slot), new_value)]
+            remarks.append(self.applied(f"slot {slot}", module_path(out)))
+        returned = program.output_node()
+        returned.args = ((*returned.args[0], *(node for _, node in results)),)  # type: ignore[misc]
+        program.outputs = (*program.outputs, *(port for port, _ in results))
+        return remarks
+
+    def ensures(self, program: Program) -> None:
+        """See `Pass.ensures`."""
+        if any(True for _ in program.nodes(ATTENTION)):
+            raise InternalError("an attention without a cache slot is left")
+
+
+def select_logit_rows(program: Program) -> None:
+    """Gather the rows `logit_rows` [B, R] of the last hidden state before the head reads it.
+
+    A prompt of S tokens then makes R rows of logits, not S. The gather goes to the earliest node of the chain that
+    leads to the logits alone and keeps [B, S, ...] rows apart: everything behind it works on R rows.
+    """
+    logits = program.output(Role.LOGITS)
+    if logits is None:
+        raise InternalError("a program without logits has no rows to select")
+    hidden = _head_input(logits)
+    rows = _placeholder(program, Port("logit_rows", Role.LOGIT_ROWS), _like_batch(program, ("rows",)))
+    width = hidden.meta["val"].shape[-1]
+    with provenance(program, InsertKVCache.name, like=hidden), program.graph.inserting_before(hidden.next):
+        index = _call(program, aten.unsqueeze.default, rows, -1)
+        wide = _call(program, aten.expand.default, index, [-1, -1, int(width)])
+        gathered = _call(program, aten.gather.default, hidden, 1, wide)
+    hidden.replace_all_uses_with(gathered, delete_user_cb=lambda user: user is not gathered)
+    seen = False
+    for node in program.nodes():
+        seen = seen or node is gathered
+        if seen and node is not gathered:
+            node.meta["val"] = fake_value(node)
+
+
+_ROW_WISE = frozenset(
+    [
+        aten.linear.default, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.tanh.default,
+        aten.clone.default, aten._to_copy.default, aten.to.dtype, aten.neg.default, aten.clamp.default,
+        aten.matmul.default,
+    ]
+)  # fmt: skip
+
+
+def _head_input(logits: fx.Node) -> fx.Node:
+    """Walk back from the logits over row-wise operators to the input of the head's matrix product."""
+    node = logits
+    while node.op == "call_function" and node.target in _ROW_WISE:
+        operands = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
+        activations = [a for a in operands if a.meta["val"].ndim == 3]
+        if len(activations) != 1:
+            break
+        is_head = node.target in (aten.linear.default, aten.matmul.default)
+        if len(activations[0].users) > 1 and not is_head:
+            break
+        node = activations[0]
+        if is_head and len(node.users) == 1:
+            return node
+        if is_head:
+            break
+    if node is logits or len(node.users) != 1:
+        raise Unsupported("a head that is not a row-wise function of one hidden state", where=logits.name)
+    return node
+
+
+def _call(program: Program, target: Callable[..., Any], *args: Any) -> fx.Node:
+    node = program.graph.call_function(target, args)
+    node.meta["val"] = fake_value(node)
+    return node
+
+
+def _placeholder(program: Program, port: Port, value: torch.Tensor) -> fx.Node:
+    last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
+    with program.graph.inserting_after(last):
+        node = program.graph.placeholder(port.name)
+    node.meta["val"] = value
+    program.inputs = (*program.inputs, port)
+    return node
+
+
+def _like_batch(program: Program, extra: tuple[str, ...]) -> torch.Tensor:
+    tokens = program.input(Role.TOKENS).meta["val"]  # type: ignore[union-attr]
+    return tokens.new_empty((tokens.shape[0], *(_fresh_size(tokens, 5 + i) for i in range(len(extra)))))
+
+
+def _like_cache(program: Program, value: fx.Node) -> torch.Tensor:
+    start = program.input(Role.START)
+    fake = value.meta["val"]
+    capacity = start.meta.setdefault("capacity", None)  # type: ignore[union-attr]
+    if capacity is None:
+        capacity = start.meta["capacity"] = _fresh_size(fake, 64)  # type: ignore[union-attr]
+    return fake.new_empty((fake.shape[0], fake.shape[1], capacity, fake.shape[3]))
+
+
+def _fresh_size(like: torch.Tensor, hint: int) -> torch.SymInt:
+    """A new symbolic size of the program's own shape environment."""
+    mode = like.fake_mode  # type: ignore[attr-defined]
+    example = torch.empty(hint, device="meta")
+    fake = mode.from_tensor(
+        example,
+        symbolic_context=torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(
+            dynamic_sizes=[torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC]
+        ),
+        source=torch._dynamo.source.ConstantSource(f"size_{hint}_{id(example)}"),
+    )
+    return fake.shape[0]

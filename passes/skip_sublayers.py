@@ -1,0 +1,127 @@
+"""Leave out sublayers of the residual stream: attention, FFN, or whole layers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from skipstone.ir.errors import InvalidPlan, Unsupported
+from skipstone.ir.program import Program
+from skipstone.ir.stream import Sublayer, SublayerKind, find_stream
+from skipstone.passes.base import Pass, Remark
+
+aten = torch.ops.aten
+
+_CASTS = (aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.dropout.default)
+
+
+@dataclass(frozen=True)
+class SkipSublayers(Pass):
+    """Remove the branches of chosen sublayers; the stream passes them by.
+
+    The branch goes with its norm and its weights (weights that are used elsewhere stay). In a post-norm model the norm
+    belongs to the stream and stays. Skip to the Good Part (arXiv 2603.07475), per sublayer.
+
+    Attributes:
+        attention: layers that lose their attention.
+        ffn: layers that lose their FFN.
+        layers: layers that lose every sublayer.
+        paths: module paths; every sublayer at or below one of them goes.
+    """
+
+    name: ClassVar[str] = "skip_sublayers"
+
+    attention: tuple[int, ...] = ()
+    ffn: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
+
+    def check(self, program: Program) -> None:
+        """See `Pass.check`."""
+        chosen = self.sites(program)
+        if chosen and len(chosen) == len(find_stream(program).sublayers):
+            raise InvalidPlan(
+                "the plan skips every sublayer of the model; nothing would be left of it.",
+                hint="Leave at least one layer.",
+            )
+
+    def sites(self, program: Program) -> tuple[Sublayer, ...]:
+        """The sublayers that this plan entry names, in order.
+
+        Raises:
+            InvalidPlan: a layer out of range, a layer without such a sublayer, or a path that names none.
+        """
+        stream = find_stream(program)
+        chosen: set[int] = set()
+        for field, kinds in (("attention", [SublayerKind.ATTENTION]), ("ffn", [SublayerKind.FFN]), ("layers", None)):
+            for layer in getattr(self, field):
+                if not 0 <= layer < stream.layers:
+                    raise InvalidPlan(
+                        f"skip_sublayers: {field} names layer {layer}, but the model has layers 0 to "
+                        f"{stream.layers - 1}.",
+                        hint=f"The nearest is {min(max(layer, 0), stream.layers - 1)}.",
+                    )
+                found = [s.index for s in stream.sublayers if s.layer == layer and (kinds is None or s.kind in kinds)]
+                if not found:
+                    raise InvalidPlan(f"skip_sublayers: layer {layer} has no {field} sublayer.")
+                chosen |= set(found)
+        for path in self.paths:
+            found = [s.index for s in stream.sublayers if s.path == path or s.path.startswith(path + ".")]
+            if not found:
+                close = difflib.get_close_matches(path, [s.path for s in stream.sublayers], n=1, cutoff=0.0)
+                raise InvalidPlan(
+                    f"skip_sublayers: no sublayer has the module path {path!r}.",
+                    hint=f"The nearest is {close[0]!r}." if close else "",
+                )
+            chosen |= set(found)
+        return tuple(s for s in stream.sublayers if s.index in chosen)
+
+    def rewrite(self, program: Program) -> list[Remark]:
+        """See `Pass.rewrite`."""
+        chosen = self.sites(program)
+        before = program.weight_bytes()
+        for sublayer in chosen:
+            _bypass(sublayer)
+        program.recompile()
+        saved = before - program.weight_bytes()
+        remarks = [self.applied(s.path, f"{s.kind} of layer {s.layer} skipped") for s in chosen]
+        if not remarks:
+            return [self.missed("model", "the plan entry names no sublayer")]
+        return [*remarks, self.applied("model", f"{saved:,} bytes of weights gone", weight_bytes=saved)]
+
+
+def _bypass(sublayer: Sublayer) -> None:
+    """Replace ``other + branch`` by ``other``."""
+    branch = sublayer.branch
+    for user in _behind_casts(branch):
+        operands = user.args[:2]
+        if user.target is not aten.add.Tensor or not all(isinstance(operand, fx.Node) for operand in operands):
+            raise Unsupported(
+                f"skipping a sublayer whose result feeds {user.name} ({user.target})",
+                where=sublayer.path,
+                hint="Only branches that are added to the stream can be left out exactly.",
+            )
+        leads = [_source(operand) is branch for operand in operands]  # type: ignore[arg-type]
+        other = operands[leads.index(False)]
+        if user.kwargs.get("alpha", 1) != 1 and leads[0]:
+            raise Unsupported("skipping a branch beside a scaled stream", where=sublayer.path)
+        user.replace_all_uses_with(other)  # type: ignore[arg-type]
+
+
+def _behind_casts(node: fx.Node) -> Iterable[fx.Node]:
+    for user in list(node.users):
+        if user.target in _CASTS:
+            yield from _behind_casts(user)
+        else:
+            yield user
+
+
+def _source(node: fx.Node) -> fx.Node:
+    while node.target in _CASTS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node

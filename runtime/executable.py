@@ -1,0 +1,435 @@
+"""Executables: what a user calls once a program has been lowered to a session.
+
+`Executable` runs any program by its input names. Programs that take tokens and return next-token logits get the
+subclass `TokenModel`, which accepts padded batches and keeps a cache; `skipstone.runtime.generate.CausalLM` adds
+Hugging Face's `generate` to it. Building an `Executable` gives whichever class the program's roles ask for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_unflatten
+
+from skipstone.ir.dialect import ATTENTION_OPS, Kind
+from skipstone.ir.errors import InvalidInput, Unsupported
+from skipstone.ir.program import Program, Role
+from skipstone.runtime.cache import KVCache
+from skipstone.runtime.session import Session
+
+CAUSAL_KINDS = (Kind.CAUSAL, Kind.SLIDING, Kind.CHUNKED)
+SMALLEST_CAPACITY = 64
+
+
+class Executable:
+    """A program, lowered and ready to run.
+
+    Args:
+        session: the lowered program.
+        config, generation_config: those of the Hugging Face model, if the program came from one.
+        report: what was done to the model and what it bought.
+        target: name of the lowering.
+        threads: number of threads it computes with, None for the runtime's own choice.
+        max_length: longest sequence to make room for; cache buffers are then allocated once. Without it they double as
+            needed, up to the positions that the model has.
+        cache_refusal: why the program has no cache. Without a cache and without a refusal, `generate` recomputes the
+            whole sequence at each step.
+        output_adapter: turns the outputs by port name into what `__call__` returns; by default the structure that the
+            user's model returned.
+    """
+
+    def __new__(cls, session: Session, **options: Any) -> Executable:
+        # As with `pathlib.Path`: one name to build with, the class follows from what the program can do.
+        if cls is Executable and is_causal_lm(session.program):
+            from skipstone.runtime.generate import CausalLM
+
+            return object.__new__(CausalLM)
+        return object.__new__(cls)
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        config: Any = None,
+        generation_config: Any = None,
+        report: Any = None,
+        target: str = "eager",
+        threads: int | None = None,
+        max_length: int | None = None,
+        cache_refusal: Unsupported | None = None,
+        output_adapter: Callable[[dict[str, Tensor]], Any] | None = None,
+    ) -> None:
+        self.session = session
+        self.program: Program = session.program
+        self.config = config
+        self.generation_config = generation_config
+        self.report = report
+        self.target = target
+        self.threads = threads
+        self.max_length = max_length
+        self.cache_refusal = cache_refusal
+        self.output_adapter = output_adapter
+        self.supports_cache = bool(self.program.slots())
+
+    @property
+    def device(self) -> torch.device:
+        """The device it computes on."""
+        return self.program.source.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's parameters."""
+        return self.program.source.dtype
+
+    def __repr__(self) -> str:
+        cache = f"{len(self.program.slots())} slots" if self.supports_cache else "none"
+        return f"{type(self).__name__}({self.program.source.name}, target={self.target!r}, cache={cache})"
+
+    @torch.no_grad()
+    def __call__(self, *args: Tensor, **named: Tensor) -> Any:
+        """Run the program.
+
+        Args:
+            args: inputs in the order of the program's ports.
+            named: inputs by port name. Of a token program, `POSITIONS` and `PADDING` may be left out: they become
+                0..S-1 and all ones.
+        Returns:
+            the outputs, structured as the user's model structured them.
+        Raises:
+            InvalidInput: an input is unknown, given twice, missing, or of another rank or dtype.
+        """
+        names = [port.name for port in self.program.inputs]
+        if len(args) > len(names):
+            raise InvalidInput(f"{len(args)} inputs were given, the program takes {len(names)}: {', '.join(names)}.")
+        values = dict(zip(names, args, strict=False))
+        check_names(named, names)
+        if twice := values.keys() & named.keys():
+            raise InvalidInput(f"input {min(twice)!r} is given both by position and by name.", hint="Give it once.")
+        values |= named
+        self._fill_defaults(values)
+        if missing := [name for name in names if values.get(name) is None]:
+            raise InvalidInput(f"input {missing[0]!r} is missing.", hint=f"The program takes {', '.join(names)}.")
+        self._check_values(values)
+        return self._structured(self.session.run({name: values[name].to(self.device) for name in names}))
+
+    def _fill_defaults(self, values: dict[str, Tensor]) -> None:
+        tokens = values.get(self._input_name(Role.TOKENS) or "")
+        if tokens is None:
+            return
+        positions, padding = self._input_name(Role.POSITIONS), self._input_name(Role.PADDING)
+        if positions and values.get(positions) is None:
+            values[positions] = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).contiguous()
+        if padding and values.get(padding) is None:
+            values[padding] = torch.ones_like(tokens)
+
+    def _check_values(self, values: dict[str, Tensor]) -> None:
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        for port, node in zip(self.program.inputs, placeholders, strict=True):
+            expected, value = node.meta["val"], values[port.name]
+            if not isinstance(value, Tensor):
+                raise InvalidInput(f"input {port.name!r} is a {type(value).__name__}, not a tensor.")
+            if not isinstance(expected, Tensor):
+                continue
+            if value.dim() != expected.dim():
+                raise InvalidInput(f"input {port.name!r} has {value.dim()} dimensions, {expected.dim()} are expected.")
+            for axis, (size, fixed) in enumerate(zip(value.shape, expected.shape, strict=True)):
+                if isinstance(fixed, int) and size != fixed:  # the other sizes are symbols: any will do
+                    raise InvalidInput(f"input {port.name!r} has size {size} in dimension {axis}, not {fixed}.")
+            if value.dtype != expected.dtype:
+                raise InvalidInput(
+                    f"input {port.name!r} is {value.dtype}, {expected.dtype} is expected.",
+                    hint=f"Convert it with `.to({expected.dtype})`.",
+                )
+            if port.role == Role.TOKENS:
+                self._check_range(value)
+
+    def _structured(self, outputs: dict[str, Tensor]) -> Any:
+        if self.output_adapter is not None:
+            return self.output_adapter(outputs)
+        leaves = [outputs[port.name] for port in self.program.outputs]
+        if self.program.output_spec is not None:
+            return tree_unflatten(leaves, self.program.output_spec)
+        return leaves[0] if len(leaves) == 1 else outputs
+
+    def _check_range(self, tokens: Tensor) -> None:
+        """Refuse token ids that the model has no embedding for. Tokens: integers [B, S]."""
+        vocabulary = self.program.source.vocabulary
+        if vocabulary is None or tokens.numel() == 0:
+            return
+        if int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary:
+            return
+        row, column = ((tokens < 0) | (tokens >= vocabulary)).nonzero()[0].tolist()
+        raise InvalidInput(
+            f"token id {int(tokens[row, column])} (row {row}, token {column}) is outside [0, {vocabulary}).",
+            hint="Use the tokenizer of this model.",
+        )
+
+    def _input_name(self, role: Role) -> str | None:
+        return next((port.name for port in self.program.inputs if port.role == role), None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the valid tokens of a batch stand in the caller's columns, and how they are brought to the front.
+
+    A row is rotated left until its first valid token comes first: left padding, right padding and both become right
+    padding, and the way back is the rotation to the right.
+
+    Attributes:
+        width: number of columns S.
+        counts: int64 [B], valid tokens of each row.
+        first: int64 [B, 1], column of the first of them; None when no row is padded.
+    """
+
+    width: int
+    counts: Tensor
+    first: Tensor | None
+
+    @classmethod
+    def of(cls, tokens: Tensor, mask: Tensor | None) -> Layout:
+        """The layout of tokens [B, S] under a mask [B, S] that is true on valid tokens (None: on all).
+
+        Raises:
+            InvalidInput: the valid tokens of a row are not adjacent.
+        """
+        batch, width = tokens.shape
+        if mask is None or bool(mask.all()):
+            return cls(width, torch.full((batch,), width, device=tokens.device), None)
+        starts = mask.clone()
+        starts[:, 1:] &= ~mask[:, :-1]
+        if bool((runs := starts.sum(dim=1)).gt(1).any()):
+            raise InvalidInput(
+                f"attention_mask has a hole: row {int(runs.argmax())} has zeros between valid tokens.",
+                hint="Pad on one side, and remove tokens that should not be seen.",
+            )
+        return cls(width, mask.sum(dim=1), mask.int().argmax(dim=1, keepdim=True))
+
+    def to_front(self, values: Tensor, fill: int = 0) -> Tensor:
+        """Values [B, S] from the caller's columns to right-padded rows; the padding becomes `fill`."""
+        if self.first is None:
+            return values
+        columns = torch.arange(self.width, device=values.device)
+        rotated = values.gather(1, (columns + self.first) % self.width)
+        return rotated.masked_fill(columns >= self.counts.unsqueeze(1), fill)
+
+    def rows(self, last: int) -> Tensor:
+        """int64 [B, last]: the rows at which the caller's `last` rightmost columns stand."""
+        columns = torch.arange(self.width - last, self.width, device=self.counts.device)
+        if self.first is None:
+            return columns.expand(len(self.counts), last).contiguous()
+        return (columns - self.first) % self.width
+
+    def clear_padding(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Zero the logits [B, R, V] of rows [B, R] that are padding."""
+        if self.first is None:
+            return logits
+        return logits.masked_fill((rows >= self.counts.unsqueeze(1)).unsqueeze(-1), 0)
+
+
+class TokenModel(Executable):
+    """A causal language model: tokens in, next-token logits out, with a cache when the program has slots.
+
+    Row b of a batch with n_b valid tokens stands at positions 0..n_b - 1, on whichever side it is padded.
+    """
+
+    @property
+    def limit(self) -> int | None:
+        """The longest sequence that it can hold, if there is one."""
+        bounds = [bound for bound in (self.max_length, self.program.source.max_positions) if bound is not None]
+        return min(bounds, default=None)
+
+    @cached_property
+    def _is_causal(self) -> bool:
+        """Whether no attention looks at later tokens: padding on the right is then never seen by a valid token."""
+        return all(node.kwargs.get("kind") in CAUSAL_KINDS for node in self.program.nodes(*ATTENTION_OPS))
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Read a prompt into a new cache.
+
+        Args:
+            input_ids: integers [B, S].
+            attention_mask: [B, S], nonzero on valid tokens; padding on either side.
+        Returns:
+            the logits after the last valid token [B, V], and the cache.
+        Raises:
+            InvalidInput: the prompt is empty, too long, or holds an unknown token id.
+            Unsupported: the program has no cache.
+        """
+        self.require_cache()
+        tokens, layout = self.prepare(input_ids, attention_mask)
+        self._check_not_empty(layout)
+        cache = self.new_cache(*tokens.shape)
+        logits = self.advance(tokens, layout, (layout.counts - 1).unsqueeze(1), cache=cache)
+        return logits[:, 0], cache
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append tokens to every sequence of a cache.
+
+        Args:
+            tokens: integers [B], or [B, S] for several tokens at once.
+            cache: from `prefill`; it is advanced by S.
+        Returns:
+            logits [B, V], or [B, S, V].
+        Raises:
+            InvalidInput: the batch differs from the cache's, the sequence becomes too long, or a token id is unknown.
+        """
+        self.require_cache()
+        single = tokens.dim() == 1
+        tokens, layout = self.prepare(tokens.unsqueeze(1) if single else tokens)
+        logits = self.advance(tokens, layout, layout.rows(layout.width), cache=cache)
+        return logits[:, 0] if single else logits
+
+    def require_cache(self) -> None:
+        """Raise the reason why there is no cache, if there is none."""
+        if not self.supports_cache:
+            hint = "It was built without one: call it on whole sequences."
+            raise self.cache_refusal or Unsupported("decoding through a cache", hint=hint)
+
+    def prepare(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Layout]:
+        """Check tokens and mask, and bring the valid tokens to the front.
+
+        Args:
+            input_ids: integers [B, S].
+            attention_mask: [B, S] or None.
+        Returns:
+            int64 [B, S] with padding replaced by token 0, and the layout that it came from.
+        Raises:
+            InvalidInput: shape, dtype, token id or mask is wrong.
+        """
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise InvalidInput(f"input_ids must be a tensor [batch, sequence], got {shape}.")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise InvalidInput(f"input_ids is {input_ids.dtype}.", hint="Token ids are int64 or int32.")
+        if input_ids.numel() == 0:
+            raise InvalidInput(f"input_ids is empty: {list(input_ids.shape)}.", hint="Give at least one token a row.")
+        tokens = input_ids.to(self.device, torch.int64)
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                shapes = f"{list(attention_mask.shape)}, input_ids has {list(input_ids.shape)}"
+                raise InvalidInput(f"attention_mask has shape {shapes}.", hint="Give one number a token.")
+            attention_mask = attention_mask.to(self.device) != 0
+        layout = Layout.of(tokens, attention_mask)
+        if layout.first is not None and not self._is_causal:
+            hint = "Run sequences of one length together, without padding."
+            raise Unsupported("padding for a model whose tokens see later ones", hint=hint)
+        tokens = layout.to_front(tokens)
+        self._check_range(tokens)
+        return tokens, layout
+
+    def new_cache(self, batch: int, rows: int, spare: int = SMALLEST_CAPACITY) -> KVCache:
+        """An empty cache with room for `rows` tokens a sequence, and `spare` more if the model reaches so far."""
+        capacity = self.max_length or self._bounded(rows + spare)
+        return KVCache.allocate(self.session.slots, batch, max(capacity, rows), self.device)
+
+    def reserve(self, cache: KVCache, rows: int) -> None:
+        """Make room for `rows` tokens a sequence: the capacity doubles, up to the limit."""
+        if rows > cache.capacity:
+            cache.grow(max(rows, self._bounded(2 * cache.capacity)))
+
+    @torch.no_grad()
+    def advance(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        rows: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        extra: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Run prepared tokens, after those that are in the cache, and count them in.
+
+        Args:
+            tokens: int64 [B, S], right-padded.
+            layout: where they came from.
+            rows: int64 [B, R], the rows whose logits are wanted.
+            positions: int64 [B, S], right-padded; by default they continue the sequence.
+            cache: advanced by the valid tokens of each row; None runs the sequence on its own.
+            extra: further inputs of an uncached program, by port name.
+        Returns:
+            logits [B, R, V].
+        Raises:
+            InvalidInput: the sequence becomes longer than the limit, or the cache is of another batch.
+        """
+        batch, width = tokens.shape
+        if cache is not None and cache.batch != batch:
+            raise InvalidInput(f"tokens of {batch} sequences for a cache of {cache.batch}.")
+        start = torch.zeros_like(layout.counts) if cache is None else cache.lengths
+        self.check_length(int((start + layout.counts).max()))
+        if positions is None:
+            # Padding repeats the last valid position: it must not run past the table of learned positions.
+            offsets = torch.arange(width, device=tokens.device).minimum((layout.counts - 1).clamp(min=0).unsqueeze(1))
+            positions = start.unsqueeze(1) + offsets
+        if not self.supports_cache:
+            return self._recompute(tokens, positions, rows, extra or {})
+        if cache is None:
+            cache = self.new_cache(batch, width, spare=0)
+            start = cache.lengths
+        self.reserve(cache, int(start.max()) + width)
+        logits = self.session.step(tokens, positions, start, rows, cache)
+        cache.lengths += layout.counts
+        return logits
+
+    def _recompute(self, tokens: Tensor, positions: Tensor, rows: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        by_role = {Role.TOKENS: tokens, Role.POSITIONS: positions, Role.LOGIT_ROWS: rows}
+        values = {port.name: by_role[port.role] for port in self.program.inputs if port.role in by_role}
+        outputs = self.session.run(values | extra)
+        logits = next(outputs[port.name] for port in self.program.outputs if port.role == Role.LOGITS)
+        if self._input_name(Role.LOGIT_ROWS) is not None:
+            return logits
+        return logits.gather(1, rows.unsqueeze(-1).expand(*rows.shape, logits.shape[-1]))
+
+    def check_length(self, longest: int) -> None:
+        """Refuse sequences of `longest` tokens if the model, or the room made for it, ends before."""
+        if self.limit is not None and longest > self.limit:
+            bounded_by = "max_length" if self.limit == self.max_length else "the model's positions"
+            raise InvalidInput(
+                f"a sequence of {longest} tokens is longer than {self.limit} ({bounded_by}).",
+                hint="Shorten the prompt or ask for fewer new tokens"
+                + (", or raise max_length." if bounded_by == "max_length" else "."),
+            )
+
+    def _check_not_empty(self, layout: Layout) -> None:
+        if int(layout.counts.min()) == 0:
+            row = int(layout.counts.argmin())
+            raise InvalidInput(f"row {row} of the prompt has no valid token.", hint="Give at least one token a row.")
+
+    def _bounded(self, capacity: int) -> int:
+        return capacity if self.limit is None else min(capacity, self.limit)
+
+
+def is_causal_lm(program: Program) -> bool:
+    """Whether a program turns tokens into the logits of the next ones, and returns nothing besides."""
+    inputs, outputs = ({port.role for port in ports} for ports in (program.inputs, program.outputs))
+    if Role.TOKENS not in inputs or Role.PADDING in inputs:
+        return False
+    if Role.LOGITS not in outputs or outputs - {Role.LOGITS, Role.CACHE_KEY, Role.CACHE_VALUE}:
+        return False
+    looks_ahead = any(node.kwargs.get("kind") == Kind.BIDIRECTIONAL for node in program.nodes(*ATTENTION_OPS))
+    logits = program.output(Role.LOGITS)
+    return not looks_ahead and logits is not None and logits.meta["val"].dim() == 3
+
+
+def check_names(given: Iterable[str], known: Collection[str], also: Iterable[str] = ()) -> None:
+    """Refuse given names that are not known.
+
+    Args:
+        given: names that a caller used.
+        known: names that may be used.
+        also: names that the caller may have meant, though they do not belong here.
+    Raises:
+        InvalidInput: with the nearest name.
+    """
+    valid = [*known, *also]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, valid, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(valid)}."
+            raise InvalidInput(f"unknown input {name!r}.", hint=hint)

@@ -1,0 +1,417 @@
+"""Text generation with Hugging Face semantics.
+
+`CausalLM` is a `transformers.GenerationMixin` that is no `nn.Module`: transformers prepares the configuration, the
+logits processors and the stopping criteria, and runs beams and assisted decoding. Greedy decoding and sampling, with
+whatever processors, criteria and streamer, take the tight loop `generate_tokens` instead of the mixin's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from skipstone.ir.errors import InvalidInput, Unsupported
+from skipstone.ir.program import Role
+from skipstone.runtime.cache import KVCache
+from skipstone.runtime.executable import TokenModel, check_names
+from skipstone.runtime.session import Session
+
+# What transformers hands to every forward and what a program cannot return.
+UNAVAILABLE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits", "labels")
+STEP_INPUTS = ["past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"]
+# What `generate_tokens` knows; with anything else, transformers' own loop runs.
+LOOP_INPUTS = frozenset(STEP_INPUTS)
+
+
+class GenerationCache:
+    """A `KVCache` behind the methods that transformers calls on its caches.
+
+    transformers counts columns of the padded batch, the cache counts valid tokens of each row; both are kept here.
+
+    Attributes:
+        kv: the cache; None until the first forward pass, which is when the batch is known.
+        columns: columns of the caller's batch that have been read.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = [False]
+
+    def __init__(self) -> None:
+        self.kv: KVCache | None = None
+        self.columns = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything has been read into it."""
+        return self.kv is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, -1 before the first forward pass."""
+        return -1 if self.kv is None else self.kv.batch
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of columns read, padding included."""
+        return self.columns
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.kv, self.columns = None, 0
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: every row stays until it is overwritten, so any number can be cropped."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens of every row (transformers counts downwards).
+
+        Raises:
+            InvalidInput: the number is positive, or more than there is.
+        """
+        if not -self.columns <= tokens_to_remove <= 0:
+            hint = "Pass a negative number, at most as many as the sequence has."
+            raise InvalidInput(f"cannot crop a cache of {self.columns} tokens by {tokens_to_remove}.", hint=hint)
+        if self.kv is not None and tokens_to_remove:
+            self.kv.crop((self.kv.lengths + tokens_to_remove).clamp(min=0))
+            self.columns += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes the former row ``beam_idx[i]``."""
+        if self.kv is not None:
+            self.kv.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies side by side."""
+        if self.kv is not None:
+            self.kv.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        if self.kv is not None:
+            self.kv.select(indices)
+
+
+class CausalLM(TokenModel, GenerationMixin):
+    """A causal language model with `generate`, usable wherever transformers takes a model to generate with."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(self, session: Session, **options: Any) -> None:
+        super().__init__(session, **options)
+        source = self.program.source
+        if self.config is None:
+            self.config = PreTrainedConfig(vocab_size=source.vocabulary, max_position_embeddings=source.max_positions)
+        # A copy: what the caller sets on it must not reach the model that the program came from.
+        self.generation_config = copy.deepcopy(self.generation_config) or GenerationConfig()
+
+    def can_generate(self) -> bool:
+        """Whether transformers may call `generate`."""
+        return True
+
+    def to(self, device: Any) -> CausalLM:
+        """Itself, if `device` is the one that it was lowered for.
+
+        Raises:
+            Unsupported: it is another device.
+        """
+        if torch.device(device).type != self.device.type:
+            hint = f"Optimize the model on {device}, or pass device={str(self.device)!r}."
+            raise Unsupported(f"moving an executable from {self.device} to {device}", hint=hint)
+        return self
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Nothing that transformers could switch: the program has fixed how experts run."""
+        return {}
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: GenerationCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **named: Any,
+    ) -> Any:
+        """Logits of a batch, padded on either side.
+
+        Args:
+            input_ids: integers [B, S].
+            attention_mask: [B, S], or [B, past + S] with a cache; nonzero on valid tokens, which must be adjacent.
+            position_ids: integers [B, S]; by default the valid tokens of each row count from 0.
+            past_key_values: a cache that this executable returned; it is advanced in place.
+            use_cache: start a cache and return it.
+            logits_to_keep: number of columns, from the right, whose logits are wanted; 0 for all.
+            return_dict: False for a plain tuple.
+            named: further inputs of the program by port name, and tokens and positions by theirs.
+        Returns:
+            `CausalLMOutputWithPast`: logits [B, S, V] in the caller's columns, zero where the batch is padded.
+        Raises:
+            InvalidInput: an input is wrong; the message says which and where.
+            Unsupported: an output that the program does not have is asked for.
+        """
+        input_ids = named.pop(self._input_name(Role.TOKENS), None) if input_ids is None else input_ids
+        position_ids = named.pop(self._input_name(Role.POSITIONS), None) if position_ids is None else position_ids
+        extra = self._extra_inputs(named)
+        if input_ids is None:
+            raise InvalidInput("input_ids is missing.", hint="Give the tokens, integers [batch, sequence].")
+        cache = past_key_values
+        if cache is None and use_cache and self.supports_cache:
+            cache = GenerationCache()
+        elif cache is not None:
+            self._check_cache(cache)
+            attention_mask = _new_columns(attention_mask, input_ids, cache)
+        tokens, layout = self.prepare(input_ids, attention_mask)
+        if cache is None:
+            self._check_not_empty(layout)
+        elif cache.kv is None:
+            cache.kv = self.new_cache(*tokens.shape)
+        if position_ids is not None:
+            position_ids = layout.to_front(self._check_positions(position_ids, tokens))
+        rows = layout.rows(min(logits_to_keep, layout.width) or layout.width)
+        kv = None if cache is None else cache.kv
+        logits = self.advance(tokens, layout, rows, positions=position_ids, cache=kv, extra=extra)
+        if cache is not None:
+            cache.columns += layout.width
+        output = CausalLMOutputWithPast(logits=layout.clear_padding(logits, rows), past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    __call__ = forward
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Continue a prompt, as `transformers.GenerationMixin.generate` does.
+
+        Args:
+            inputs: the prompt, integers [B, S]; also accepted as `input_ids`.
+            generation_config, kwargs: all that transformers' `generate` takes. Pad batches on the left.
+        Returns:
+            int64 [B, total]: the prompt as given, then the new tokens, padded after the end of a sequence; or the
+            output object that transformers returns when asked to.
+        Raises:
+            InvalidInput: the prompt is empty, right-padded, too long for the tokens asked for, or holds an unknown id.
+            Unsupported: the program has no cache and was not built to do without.
+        """
+        if not self.supports_cache and self.cache_refusal is not None and kwargs.get("use_cache") is not False:
+            raise self.cache_refusal
+        prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if prompt is not None and kwargs.get("past_key_values") is None:
+            prompt = self._check_prompt(prompt, kwargs.get("attention_mask"))
+        return super().generate(prompt, generation_config=generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        position_ids: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next forward pass: the last `next_sequence_length` columns, and all else as it is."""
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        if position_ids is not None:
+            position_ids = position_ids[:, -input_ids.shape[1] :]
+        return {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Called by transformers with what is no option of `generate`: refuse what the model does not take either."""
+        given = [name for name, value in model_kwargs.items() if value is not None and name not in UNAVAILABLE_OUTPUTS]
+        check_names(given, ["input_ids", *STEP_INPUTS], also=vars(GenerationConfig()))
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Called by transformers once lengths are settled: check them, and put our cache into `model_kwargs`."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            self._check_cache(cache)
+            cache._is_user_defined = True  # transformers' mark
+            return
+        mask = model_kwargs.get("attention_mask")
+        width = (model_kwargs["position_ids"] if mask is None else mask).shape[1]
+        prompt = width if mask is None else int(mask.sum(dim=1).max())
+        self.check_length(prompt + generation_config.max_length - width)
+        if generation_config.cache_implementation is not None:
+            hint = "Leave it out: the plan decides the format of the cache."
+            raise InvalidInput(f"cache_implementation={generation_config.cache_implementation!r}.", hint=hint)
+        if not self.supports_cache:
+            generation_config.use_cache = False
+        elif generation_config.use_cache:
+            model_kwargs["past_key_values"] = GenerationCache()
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Callable[[Tensor, Tensor], Tensor],
+        stopping_criteria: Callable[..., Tensor],
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Called by transformers for greedy decoding and sampling: take the tight loop where it does the same."""
+        cache = model_kwargs.get("past_key_values")
+        special = generation_config.return_dict_in_generate or generation_config.prefill_chunk_size is not None
+        fresh = cache is not None and not getattr(cache, "_is_user_defined", False)
+        if special or synced_gpus or not fresh or model_kwargs.keys() - LOOP_INPUTS:
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)  # type: ignore[attr-defined]
+        return generate_tokens(
+            self,
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            positions=model_kwargs.get("position_ids"),
+            processor=logits_processor,
+            finished=stopping_criteria,
+            sample=generation_config.do_sample,
+            pad_token=generation_config._pad_token_tensor if has_end else None,
+            streamer=streamer,
+        )
+
+    def _check_prompt(self, prompt: Tensor, attention_mask: Tensor | None) -> Tensor:
+        _, layout = self.prepare(prompt, attention_mask)
+        self._check_not_empty(layout)
+        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
+            hint = "Tokenize with padding_side='left': new tokens follow the last column."
+            raise InvalidInput("the prompt is padded on the right.", hint=hint)
+        self.check_length(int(layout.counts.max()))
+        return prompt.long()
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, GenerationCache):
+            hint = "Pass the cache that this executable returned, or none."
+            raise InvalidInput(f"past_key_values is a {type(cache).__name__}.", hint=hint)
+        self.require_cache()
+
+    def _check_positions(self, position_ids: Tensor, tokens: Tensor) -> Tensor:
+        positions = position_ids.to(self.device, torch.int64)
+        if positions.dim() != 2 or positions.shape[1] != tokens.shape[1] or len(positions) not in (1, len(tokens)):
+            shapes = f"{list(positions.shape)}, input_ids has {list(tokens.shape)}"
+            raise InvalidInput(f"position_ids has shape {shapes}.", hint="Give one position a token.")
+        bound = self.program.source.max_positions
+        if int(positions.min()) < 0 or (bound is not None and int(positions.max()) >= bound):
+            raise InvalidInput(f"position_ids reaches outside [0, {bound}).")
+        return positions.expand(tokens.shape).contiguous()
+
+    def _extra_inputs(self, named: dict[str, Any]) -> dict[str, Tensor]:
+        for name in UNAVAILABLE_OUTPUTS:
+            value = named.pop(name, None)
+            if value is not None and value is not False:
+                raise Unsupported(f"{name} of an optimized model", hint="Ask the original model for it.")
+        known = [port.name for port in self.program.inputs if port.role == Role.TENSOR]
+        check_names(named, known, also=["input_ids", *STEP_INPUTS])
+        return {name: value.to(self.device) for name, value in named.items()}
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: TokenModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    processor: Callable[[Tensor, Tensor], Tensor],
+    finished: Callable[[Tensor, None], Tensor],
+    positions: Tensor | None = None,
+    sample: bool = False,
+    pad_token: Tensor | None = None,
+    streamer: Any = None,
+) -> Tensor:
+    """Decode token by token until every sequence is finished: the common case, without transformers' bookkeeping.
+
+    Tokens, random numbers and what the streamer sees are those of `GenerationMixin._sample`.
+
+    Args:
+        model: a model with a cache.
+        input_ids: int64 [B, S], padded on the left.
+        attention_mask: [B, S], or None when nothing is padded.
+        processor: maps tokens so far [B, T] and float32 scores [B, V] to scores.
+        finished: maps tokens so far [B, T] to bool [B], true where a sequence ends.
+        positions: int64 [B, S] of the prompt; by default valid tokens count from 0.
+        sample: draw from the distribution instead of taking the best token.
+        pad_token: int64 scalar that is written after the end of a sequence; None to go on writing tokens.
+        streamer: receives every new column through `put`, then `end`.
+    Returns:
+        int64 [B, total], the prompt and the new tokens.
+    """
+    tokens, layout = model.prepare(input_ids, attention_mask)
+    batch, width = tokens.shape
+    cache = model.new_cache(batch, width)
+    last = (layout.counts - 1).unsqueeze(1)
+    position = layout.counts.unsqueeze(1)
+    if positions is not None:
+        positions = layout.to_front(positions.expand(batch, width).to(model.device))
+        position = positions.gather(1, last) + 1
+    logits = model.advance(tokens, layout, last, positions=positions, cache=cache)
+    length = int(layout.counts.max())  # of the longest sequence; kept here, the device need not be asked at each step
+    only_row = torch.zeros_like(last)
+    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    while True:
+        # A copy: processors may write to the scores, and the session may reuse its buffer.
+        scores = processor(input_ids, logits[:, 0].to(input_ids.device, torch.float32, copy=True))
+        if sample:
+            chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            chosen = scores.argmax(dim=-1)
+        written = chosen if pad_token is None else torch.where(running, chosen, pad_token)
+        input_ids = torch.cat([input_ids, written.unsqueeze(1)], dim=1)
+        running = running & ~finished(input_ids, None)
+        if streamer is not None:
+            streamer.put(written.cpu())
+        if not bool(running.any()):
+            break
+        length += 1
+        model.check_length(length)
+        model.reserve(cache, length)
+        # Finished rows go on with their own token, since the pad token need not be one that the model knows.
+        logits = model.session.step(chosen.unsqueeze(1).to(model.device), position, cache.lengths, only_row, cache)
+        cache.lengths += 1
+        position = position + 1
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def _new_columns(mask: Tensor | None, input_ids: Tensor, cache: GenerationCache) -> Tensor | None:
+    """The part of a mask [B, past + S] that belongs to the new tokens [B, S].
+
+    Raises:
+        InvalidInput: the mask has another width, or hides tokens that are in the cache.
+    """
+    if mask is None or cache.kv is None:
+        return mask
+    expected = (input_ids.shape[0], cache.columns + input_ids.shape[1])
+    if mask.shape != expected:
+        hint = f"With a cache of {cache.columns} columns it must be {list(expected)}."
+        raise InvalidInput(f"attention_mask has shape {list(mask.shape)}.", hint=hint)
+    past = (mask[:, : cache.columns] != 0).sum(dim=1).to(cache.kv.lengths.device)
+    if not torch.equal(past, cache.kv.lengths):
+        hint = "Pass the mask that the cache was filled with, extended by the new tokens."
+        raise InvalidInput("attention_mask differs from what is in the cache.", hint=hint)
+    return mask[:, cache.columns :]

@@ -1,0 +1,55 @@
+"""skipstone: graph rewrites that make transformer inference cheaper, and never silently wrong.
+
+Names are loaded on first use, so that importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipstone import errors as errors
+    from skipstone.optimize import optimize as optimize
+    from skipstone.passes.skip_sublayers import SkipSublayers as SkipSublayers
+    from skipstone.plan import Plan as Plan
+    from skipstone.report import Report as Report
+    from skipstone.runtime.executable import Executable as Executable
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Executable": "skipstone.runtime.executable",
+    "Plan": "skipstone.plan",
+    "Report": "skipstone.report",
+    "SkipSublayers": "skipstone.passes.skip_sublayers",
+    "optimize": "skipstone.optimize",
+}
+
+__all__ = [*sorted(_HOME), "__version__", "errors"]
+
+
+class _Package(ModuleType):
+    """This package. Its attribute `optimize` stays the function after the submodule of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "optimize" and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "errors":
+            return import_module("skipstone.errors")
+        if name not in _HOME:
+            raise AttributeError(f"module 'skipstone' has no attribute {name!r}")
+        value = getattr(import_module(_HOME[name]), name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return __all__
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,235 @@
+"""The command line: look at a model, or optimize it and let it speak."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from skipstone.ir.errors import InvalidPlan, SkipstoneError, Unsupported, UserError
+
+USER_ERROR, UNSUPPORTED, DEFECT = 2, 3, 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a wrong request, 3 for an unsupported one."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except SkipstoneError as error:
+        print(f"skipstone: {error}", file=sys.stderr)
+        return USER_ERROR if isinstance(error, UserError) else UNSUPPORTED if isinstance(error, Unsupported) else DEFECT
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skipstone", description="Make transformer inference cheaper, graph by graph."
+    )
+    parser.add_argument("--version", action="version", version=f"skipstone {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="show the layers and sublayers of a model and what they cost")
+    inspect.set_defaults(run=_inspect)
+
+    optimize = commands.add_parser("optimize", help="optimize a model, print the report, and generate text")
+    optimize.set_defaults(run=_optimize)
+    optimize.add_argument("--plan", type=Path, metavar="FILE", help="plan to carry out (JSON)")
+    for name in ("layers", "attention", "ffn"):
+        what = "whole layers" if name == "layers" else f"the {name} of layers"
+        optimize.add_argument(f"--skip-{name}", type=_indices, default=(), metavar="1,2", help=f"skip {what}")
+    optimize.add_argument("--target", default="auto", help="auto, onnxruntime or eager (default: auto)")
+    optimize.add_argument("--threads", type=_positive, metavar="N")
+    optimize.add_argument("--prompt", metavar="TEXT", help="generate a continuation of this text")
+    optimize.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    optimize.add_argument("--measure", action="store_true", help="time the model and the executable on the prompt")
+
+    for command in (inspect, optimize):
+        command.add_argument("model", metavar="MODEL", help="directory, hub name, or package.module:function")
+        command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    print(describe(load_model(arguments.model, arguments.trust_remote_code)))
+
+
+def describe(model: Any) -> str:
+    """A table of the layers and sublayers of a model, with what one token costs in each.
+
+    Raises:
+        Unsupported: the model cannot be captured, or has no residual stream.
+        UserError: it is not a Hugging Face model, so that its inputs are unknown.
+    """
+    from rich.table import Table
+    from transformers import PreTrainedModel
+
+    from skipstone.ir.capture.huggingface import capture_huggingface
+    from skipstone.ir.cost import cost, evaluate
+    from skipstone.ir.stream import find_stream
+    from skipstone.report import count, format_bytes, format_count, render
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"{type(model).__name__} is not a Hugging Face model; what it takes as input is unknown.")
+    program = capture_huggingface(model)
+    sublayers = find_stream(program).sublayers
+    table = Table()
+    for heading, justify in (("layer", "right"), ("kind", "left"), ("path", "left")):
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for heading in ("parameters", "FLOPs a token", "weights"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for sublayer in sublayers:
+        numbers = evaluate(cost(program, sublayer.nodes), batch=1, sequence=1)
+        table.add_row(
+            str(sublayer.layer),
+            str(sublayer.kind),
+            sublayer.path,
+            format_count(sum(program.tensor(name).numel() for name in sublayer.parameters)),
+            format_count(numbers["flops"]),
+            format_bytes(numbers["parameter_bytes"]),
+        )
+    whole = evaluate(cost(program), batch=1, sequence=1)
+    table.add_section()
+    size = format_count(program.source.parameters)
+    table.add_row(
+        "", "model", "", size, format_count(whole["flops"]), format_bytes(whole["parameter_bytes"]), style="bold"
+    )
+    layers = len({sublayer.layer for sublayer in sublayers})
+    head = (
+        f"{program.source.name}, {program.source.dtype}: {count(layers, 'layer')}, {count(len(sublayers), 'sublayer')}"
+    )
+    return f"{head}\n{render(table)}"
+
+
+def _optimize(arguments: argparse.Namespace) -> None:
+    from skipstone.optimize import optimize
+
+    plan = _plan(arguments)
+    model = load_model(arguments.model, arguments.trust_remote_code)
+    tokens = tokenizer = None
+    if arguments.prompt is not None:
+        tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+        tokens = tokenizer(arguments.prompt, return_tensors="pt").input_ids
+        if tokens.numel() == 0:
+            raise UserError("The prompt is empty.", hint="Give at least one token after --prompt.")
+    executable = optimize(model, plan, target=arguments.target, threads=arguments.threads)
+    generated = None
+    if tokens is not None:
+        generated = executable.generate(tokens, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    if arguments.measure:
+        executable.report.measure(executable, _measured_prompt(tokens), model)
+    print(executable.report)
+    if tokenizer is not None and generated is not None:
+        print(f"\n{tokenizer.decode(generated[0], skip_special_tokens=True)}")
+
+
+def _measured_prompt(tokens: Any) -> Any:
+    if tokens is None:
+        raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
+    return tokens
+
+
+def _plan(arguments: argparse.Namespace) -> Any:
+    """The plan that the options spell, or None."""
+    from skipstone.passes.skip_sublayers import SkipSublayers
+    from skipstone.plan import Plan
+
+    skipped = {name: getattr(arguments, f"skip_{name}") for name in ("layers", "attention", "ffn")}
+    if not any(skipped.values()):
+        return Plan.load(arguments.plan) if arguments.plan else None
+    if arguments.plan:
+        raise InvalidPlan("--plan and --skip-... exclude each other.", hint="Put the sublayers to skip into the plan.")
+    return Plan([SkipSublayers(**skipped)])
+
+
+def load_model(name: str, trust_remote_code: bool = False) -> Any:
+    """The model that MODEL means, in evaluation mode.
+
+    Args:
+        name: a local Hugging Face directory, a hub name, or `package.module:function`.
+        trust_remote_code: whether code from the hub or the directory may run.
+    Raises:
+        UserError: there is no such model, or it cannot be loaded.
+    """
+    if ":" in name and not Path(name).exists():
+        return _call(name).eval()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", name, error) from error
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to MODEL.
+
+    Raises:
+        UserError: it has none.
+    """
+    if ":" in name and not Path(name).exists():
+        raise UserError(f"{name} has no tokenizer.", hint="A prompt needs a model directory or a hub name.")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", name, error) from error
+
+
+def _call(name: str) -> Any:
+    """What `package.module:function` returns; the working directory is searched for the package."""
+    import torch
+
+    path, _, function = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise UserError(f"Cannot import {path!r}: {error}.", hint="MODEL is package.module:function.") from error
+    make = getattr(module, function, None)
+    if not callable(make):
+        nearest = difflib.get_close_matches(function, [each for each in vars(module) if not each.startswith("_")], n=1)
+        hint = f"Did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"Module {path!r} has no function {function!r}.", hint=hint)
+    model = make()
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"{name} returned {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> UserError:
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    local = Path(name).exists()
+    hint = "" if local else "It is neither a local directory nor a reachable name on the hub."
+    return UserError(f"Cannot load the {what} {name!r}: {first.rstrip('.')}.", hint=hint)
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected indices such as 1,2, not {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, not {text!r}")
+    return int(text)
+
+
+def _version() -> str:
+    try:
+        return version("skipstone")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

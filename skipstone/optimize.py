@@ -1,0 +1,231 @@
+"""The driver: from a model to an executable, in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from skipstone.ir.capture.exported import refuse_unusable
+from skipstone.ir.capture.module import capture_module
+from skipstone.ir.cost import cost, evaluate
+from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
+from skipstone.ir.program import Program, Record
+from skipstone.ir.printer import readable
+from skipstone.ir.stream import SublayerKind, find_stream
+from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
+from skipstone.passes.cast import CastToFloat32
+from skipstone.passes.cleanup import Cleanup
+from skipstone.passes.kv_cache import InsertKVCache
+from skipstone.plan import Plan
+from skipstone.report import Footprint, Report, Stage
+from skipstone.runtime.executable import Executable
+from skipstone.runtime.session import Session
+
+Target = Literal["auto", "eager", "onnxruntime"]
+
+
+def optimize(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    target: Target = "auto",
+    example_inputs: Mapping[str, Tensor] | None = None,
+    dynamic_shapes: Mapping[str, Sequence[int]] | None = None,
+    max_length: int | None = None,
+    threads: int | None = None,
+    cache: bool = True,
+    strict: bool = True,
+    progress: bool = True,
+) -> Executable:
+    """Capture `model`, rewrite it as `plan` says, and lower it to an executable.
+
+    Args:
+        model: a Hugging Face model or any `nn.Module`, in evaluation mode. It is left untouched.
+        plan: the rewrites; None or an empty plan changes nothing but the way it runs.
+        target: ``"onnxruntime"`` (what ``"auto"`` takes on a CPU) or ``"eager"``, the reference interpreter.
+        example_inputs: named example tensors; needed unless the model is a Hugging Face model over tokens.
+        dynamic_shapes: for plain modules, the dynamic axes of each input (default: the first two).
+        max_length: longest sequence to make room for.
+        threads: threads to compute with (default: the runtime's own choice).
+        cache: whether to decode through a KV cache. Where a cache would not be exact the executable comes without one,
+            and `Executable.cache_refusal` says why.
+        strict: verify the program after every pass, and refuse a plan entry that applies nowhere.
+        progress: show a progress bar.
+    Returns:
+        the executable; `report` says what was done to the model.
+    Raises:
+        UserError: the model, plan or example cannot be used as they are.
+        Unsupported: something that would not be exact.
+    """
+    plan = Plan([]) if plan is None else plan
+    if not isinstance(plan, Plan):
+        raise UserError(f"plan is {type(plan).__name__}, expected skipstone.Plan.", hint="Use Plan.load(path).")
+    refuse_unusable(model)
+    if max_length is not None and max_length < 1:
+        raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
+    target = _resolve(target, model)
+    stages = _Stages(progress)
+    with stages("capture"):
+        captured = _capture(model, example_inputs, dynamic_shapes)
+    if plan.model not in (None, captured.source.fingerprint):
+        stages.close()
+        raise InvalidPlan(
+            f"the plan was made for another model (fingerprint {plan.model[:12]}..., this one has "
+            f"{captured.source.fingerprint[:12]}...).",
+            hint="Make a plan for this model, or set its 'model' to null if the layers mean the same.",
+        )
+    with stages("rewrite"):
+        program, refusal = rewrite(captured, plan, target=target, cache=cache, strict=strict)
+    with stages("lower"):
+        session = _lower(program, target, threads)
+    stages.close()
+    report = Report(
+        model=captured.source.name,
+        target=target,
+        threads=threads,
+        remarks=tuple(remark for record in program.history for remark in record.remarks),
+        before=footprint(captured),
+        after=footprint(program),
+        stages=tuple(stages.done),
+        cache=_cache_line(program, refusal, cache),
+    )
+    return Executable(
+        session,
+        config=getattr(model, "config", None),
+        generation_config=getattr(model, "generation_config", None),
+        report=report,
+        target=target,
+        threads=threads,
+        max_length=max_length,
+        cache_refusal=refusal,
+    )
+
+
+def rewrite(
+    program: Program, plan: Plan, *, target: str, cache: bool = True, strict: bool = True
+) -> tuple[Program, Unsupported | None]:
+    """Run the plan's passes in their fixed order.
+
+    Returns:
+        the rewritten program, and the reason why it has no KV cache although one was asked for.
+    """
+    before: list[Pass] = [CastToFloat32()] if target == "onnxruntime" and _is_half(program) else []
+    program = Pipeline([*before, Cleanup(), *plan], strict).run(program)
+    refusal = None
+    if cache:
+        try:
+            program = run_pass(InsertKVCache(), program, strict)
+        except Unsupported as reason:
+            refusal = reason
+            remark = Remark(InsertKVCache.name, Status.REFUSED, reason.where, str(reason))
+            count = sum(1 for _ in program.nodes())
+            program.history.append(Record(InsertKVCache.name, (remark,), count, count, 0.0, readable(program)))
+    return run_pass(Cleanup(), program, strict), refusal
+
+
+def footprint(program: Program) -> Footprint:
+    """Sublayers, FLOPs and bytes of a program, for one new token after a context of 128."""
+    try:
+        sublayers = find_stream(program).sublayers
+    except Unsupported:
+        sublayers = ()
+    figures = evaluate(cost(program), batch=1, sequence=1, past=128)
+    return Footprint(
+        sublayers=len(sublayers),
+        attention=sum(s.kind is SublayerKind.ATTENTION for s in sublayers),
+        ffn=sum(s.kind is SublayerKind.FFN for s in sublayers),
+        flops=figures["flops"],
+        weight_bytes=program.weight_bytes(),
+        kv_bytes_per_token=_kv_bytes_per_token(program),
+        nodes=sum(1 for _ in program.nodes()),
+    )
+
+
+def _kv_bytes_per_token(program: Program) -> int:
+    total = 0
+    for port, node in zip(program.inputs, (n for n in program.graph.nodes if n.op == "placeholder"), strict=True):
+        if port.slot is not None:
+            value = node.meta["val"]
+            total += int(value.shape[1]) * int(value.shape[3]) * value.element_size()
+    return total
+
+
+def _resolve(target: str, model: nn.Module) -> Any:
+    if target not in ("auto", "eager", "onnxruntime"):
+        raise UserError(f"unknown target {target!r}.", hint="Targets are 'auto', 'onnxruntime' and 'eager'.")
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if target == "auto":
+        if device != "cpu":
+            raise Unsupported(f"a target for {device}", hint="Move the model to the CPU, or use target='eager'.")
+        return "onnxruntime"
+    if target == "onnxruntime" and device != "cpu":
+        raise Unsupported(f"the onnxruntime target for a model on {device}", hint="Move the model to the CPU first.")
+    return target
+
+
+def _capture(
+    model: nn.Module, example: Mapping[str, Tensor] | None, dynamic: Mapping[str, Sequence[int]] | None
+) -> Program:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        from skipstone.ir.capture.huggingface import capture_huggingface
+
+        return capture_huggingface(model, example)
+    if example is None:
+        raise UserError(
+            f"{type(model).__name__} is not a Hugging Face model, so its inputs are not known.",
+            hint="Pass example_inputs={name: tensor} with batch and sequence sizes of at least two.",
+        )
+    return capture_module(model, example, dynamic)
+
+
+def _lower(program: Program, target: str, threads: int | None) -> Session:
+    if target == "eager":
+        from skipstone.runtime.eager import EagerSession
+
+        return EagerSession(program)
+    from skipstone.runtime.onnx.session import OnnxSession
+
+    return OnnxSession(program, threads)
+
+
+def _is_half(program: Program) -> bool:
+    return any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in program.tensors().values())
+
+
+def _cache_line(program: Program, refusal: Unsupported | None, asked: bool) -> str:
+    if program.slots():
+        return f"{len(program.slots())} slots"
+    return f"refused: {refusal}" if refusal is not None else ("none" if asked else "not asked for")
+
+
+class _Stages:
+    """Times the stages of one call, and shows them as a progress bar."""
+
+    TOTAL = 3
+
+    def __init__(self, progress: bool) -> None:
+        self.done: list[Stage] = []
+        self.bar = tqdm(total=self.TOTAL, disable=not progress, bar_format="skipstone {desc:<10}{bar}{n}/{total}")
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.bar.set_description_str(name)
+        started = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self.bar.close()
+            raise
+        self.done.append(Stage(name, time.perf_counter() - started))
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()

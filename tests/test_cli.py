@@ -1,0 +1,213 @@
+"""The command line: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipstone.cli import main
+from skipstone.ir.errors import InternalError, Unsupported, UserError
+from skipstone.passes.skip_sublayers import SkipSublayers
+from skipstone.plan import Plan
+
+MODELS = '''
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=3)
+    config = LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=128, eos_token_id=None)
+    return LlamaForCausalLM(config)
+
+
+def plain():
+    return torch.nn.Linear(2, 2)
+
+
+def nothing():
+    return None
+
+
+number = 3
+'''
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The working directory holds the module `tiny_models`, and nothing reaches for the network."""
+    (tmp_path / "tiny_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    yield
+    sys.modules.pop("tiny_models", None)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """A directory with a model and a tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    sys.path.insert(0, str(tmp_path))
+    from tiny_models import llama
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    directory = tmp_path / "checkpoint"
+    llama().save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    return str(directory)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors; whitespace and table lines count as one space."""
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    return code, " ".join(out.replace("│", " ").replace("┃", " ").split()), err.splitlines()[-1] if err else ""
+
+
+def test_inspect_lists_every_sublayer(capsys):
+    code, out, _ = run(capsys, "inspect", "tiny_models:llama")
+    assert code == 0
+    assert "LlamaForCausalLM, torch.float32: 3 layers, 6 sublayers" in out
+    for layer in range(3):
+        assert f"{layer} attention" in out and f"{layer} ffn" in out
+    assert "model.layers.2.mlp" in out
+    assert "FLOPs a token" in out
+
+
+def test_optimize_prints_the_report(capsys):
+    code, out, _ = run(capsys, "optimize", "tiny_models:llama", "--target", "eager")
+    assert code == 0
+    assert "model LlamaForCausalLM" in out and "target eager" in out
+    assert "3 slots" in out and "not measured" in out
+    assert "6 (3 + 3) 6 (3 + 3)" in out
+
+
+def test_optimize_skips_what_the_options_name(capsys):
+    options = ("--skip-layers", "1", "--skip-ffn", "0,2", "--target", "eager")
+    code, out, _ = run(capsys, "optimize", "tiny_models:llama", *options)
+    assert code == 0
+    assert "6 (3 + 3) 2 (2 + 0)" in out
+    assert "skip_sublayers applied" in out
+
+
+def test_optimize_carries_out_a_plan(capsys, tmp_path: Path):
+    path = tmp_path / "plan.json"
+    Plan([SkipSublayers(attention=(1,))]).save(path)
+    code, out, _ = run(capsys, "optimize", "tiny_models:llama", "--plan", str(path), "--target", "eager")
+    assert code == 0
+    assert "6 (3 + 3) 5 (2 + 3)" in out
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_optimize_generates_and_measures(capsys, checkpoint: str, target: str):
+    options = ("--prompt", "def f(x):", "--max-new-tokens", "5", "--threads", "1", "--target", target, "--measure")
+    code, out, _ = run(capsys, "optimize", checkpoint, *options)
+    assert code == 0
+    assert "def f(x):" in out
+    assert "prefill (9 tokens, median of 3)" in out and "not measured" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "no_such_module:make"], "Cannot import 'no_such_module'"),
+        (["inspect", "tiny_models:lama"], "no function 'lama'. Did you mean 'llama'?"),
+        (["inspect", "tiny_models:number"], "no function 'number'"),
+        (["inspect", "tiny_models:nothing"], "returned NoneType, not a torch.nn.Module"),
+        (["inspect", "tiny_models:plain"], "Linear is not a Hugging Face model"),
+        (["inspect", "no/such-model"], "Cannot load the model 'no/such-model'"),
+        (["inspect", "not a name"], "Cannot load the model 'not a name'"),
+        (["inspect", ""], "Cannot load the model ''"),
+        (["inspect", "."], "Cannot load the model '.'"),
+        (["optimize", "tiny_models:llama", "--plan", "absent.json"], "Cannot read the plan absent.json"),
+        (["optimize", "tiny_models:llama", "--plan", "p.json", "--skip-ffn", "1"], "exclude each other"),
+        (["optimize", "tiny_models:llama", "--skip-layers", "1,1"], "1 is given twice"),
+        (["optimize", "tiny_models:llama", "--skip-layers", "7"], "layers 0 to 2"),
+        (["optimize", "tiny_models:llama", "--prompt", "a"], "has no tokenizer"),
+        (["optimize", "tiny_models:llama", "--measure"], "--measure needs a prompt"),
+        (["optimize", "tiny_models:llama", "--target", "abacus"], "target 'abacus'"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(capsys, arguments, message):
+    code, out, error = run(capsys, *arguments)
+    assert code == 2
+    assert error.startswith("skipstone: ") and message in error
+    assert out == ""
+
+
+def test_an_empty_prompt_is_refused(capsys, checkpoint: str):
+    code, _, error = run(capsys, "optimize", checkpoint, "--prompt", "")
+    assert code == 2 and "The prompt is empty" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(UserError("wrong"), 2), (Unsupported("this"), 3), (InternalError("broken"), 1)]
+)
+def test_each_family_of_errors_has_its_exit_code(capsys, monkeypatch, error, expected):
+    def fail(*_arguments, **_options):
+        raise error
+
+    monkeypatch.setattr("skipstone.cli.load_model", fail)
+    code, _, line = run(capsys, "inspect", "anything")
+    assert code == expected and line == f"skipstone: {error}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["inspect"],
+        ["optimise", "x"],
+        ["optimize", "x", "--threads", "0"],
+        ["optimize", "x", "--threads", "two"],
+        ["optimize", "x", "--max-new-tokens", "-1"],
+        ["optimize", "x", "--skip-layers", "1,b"],
+    ],
+)
+def test_usage_errors_are_exit_code_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: skipstone" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("skipstone ")
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys; from skipstone.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'slow to start'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
+
+
+def test_code_from_a_model_runs_only_when_allowed(monkeypatch):
+    seen = []
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(name, trust_remote_code):
+            seen.append(trust_remote_code)
+            return torch.nn.Identity()
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", Loader)
+    assert main(["inspect", "some/name"]) == main(["inspect", "some/name", "--trust-remote-code"]) == 2
+    assert seen == [False, True]
