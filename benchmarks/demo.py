@@ -147,7 +147,8 @@ def silenced(module: nn.Module) -> Iterator[None]:
 
 def show_importance(model: LlamaForCausalLM, worth: dict[tuple[str, int], float]) -> None:
     """Print the importances, a layer a line."""
-    table = Table("layer", "attention", "ffn", title="added loss when left out (nats a byte)", title_justify="left")
+    print("loss that leaving it out adds, in nats a byte:")
+    table = Table("layer", "attention", "ffn")
     for layer in range(model.config.num_hidden_layers):
         table.add_row(str(layer), *(f"{worth[kind, layer]:+.4f}" for kind in ("attention", "ffn")))
     Console(width=100).print(table)

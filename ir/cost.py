@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from skipstone.ir.device import DeviceProfile
 from skipstone.ir.device import measure_cpu as measure_cpu  # re-exported beside the model that it feeds
-from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION
+from skipstone.ir.dialect import ATTENTION_OPS, CACHED_ATTENTION
 from skipstone.ir.errors import UserError
 from skipstone.ir.program import Program, Role
 
@@ -150,7 +150,7 @@ class Sizes:
         value = value.meta.get("val") if isinstance(value, fx.Node) else value
         if isinstance(value, (tuple, list)):
             return _total(map(self.bytes, value))
-        return sympy.prod(self.shape(value)) * value.element_size() if isinstance(value, Tensor) else ZERO
+        return sympy.Mul(*self.shape(value)) * value.element_size() if isinstance(value, Tensor) else ZERO
 
 
 def _expression(size: Any) -> sympy.Expr:
@@ -178,7 +178,7 @@ def is_view(node: fx.Node) -> bool:
 
 def _product_flops(node: fx.Node, sizes: Sizes, left: int = 0) -> sympy.Expr:
     """A product of matrices whose argument `left` has the contracted dimension last."""
-    return 2 * sympy.prod(sizes.shape(node)) * sizes.shape(node.args[left])[-1]
+    return 2 * sympy.Mul(*sizes.shape(node)) * sizes.shape(node.args[left])[-1]
 
 
 def _einsum_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
@@ -195,36 +195,44 @@ def _einsum_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
         inner = shape[len(head) : len(shape) - len(tail)]
         extent |= dict(zip(head, shape, strict=False)) | dict(zip(tail, shape[len(shape) - len(tail) :], strict=True))
         if dots and len(inner) >= extent.get("rank", 0):
-            extent |= {"...": sympy.prod(inner), "rank": len(inner)}
+            extent |= {"...": sympy.Mul(*inner), "rank": len(inner)}
     extent.pop("rank", None)
     contracted = set(terms[0]) & set(terms[1]) - set(output) - {"."}
-    return 2 * sympy.prod(extent.values()) if contracted else ZERO
+    return 2 * sympy.Mul(*extent.values()) if contracted else ZERO
 
 
 def _convolution_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     transposed = "transpose" in str(node.target) or (node.target is aten.convolution.default and node.args[6])
     pixels = sizes.shape(node.args[0] if transposed else node)
     weight = sizes.shape(node.args[1])
-    return 2 * pixels[0] * sympy.prod(pixels[2:]) * sympy.prod(weight)
+    return 2 * pixels[0] * sympy.Mul(*pixels[2:]) * sympy.Mul(*weight)
 
 
 def _attention_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
+    """Every query with every key, masked or not; through a cache, with the keys of its window alone."""
     batch, heads, rows, width = sizes.shape(node.args[0])
-    return 2 * batch * heads * rows * _columns(node, sizes) * (width + sizes.shape(node.args[2])[-1])
+    columns, window = _keys_read(node, sizes), _window(node)
+    columns = sympy.Min(columns, window) if window else columns
+    return 2 * batch * heads * rows * columns * (width + sizes.shape(node.args[2])[-1])
 
 
-def _columns(node: fx.Node, sizes: Sizes) -> sympy.Expr:
-    """How many keys the queries of an attention touch."""
+def _keys_read(node: fx.Node, sizes: Sizes) -> sympy.Expr:
+    """How many keys the queries of an attention read together."""
     if node.target is not CACHED_ATTENTION:
         return sizes.shape(node.args[1])[2]
-    rows = sizes.shape(node.args[0])[2]
-    window = node.kwargs.get("window", 0)
+    rows, window = sizes.shape(node.args[0])[2], _window(node)
     return sympy.Min(PAST + rows, window + rows - 1) if window else PAST + rows
+
+
+def _window(node: fx.Node) -> int:
+    """Keys that one query sees at most in a cache, 0 for all. Without a cache everything is computed and masked."""
+    window: Any = node.kwargs.get("window", 0)
+    return window if node.target is CACHED_ATTENTION else 0
 
 
 def _experts_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     """Every token passes through the weights of its chosen experts."""
-    per_expert = (sympy.prod(sizes.shape(weight)[1:]) for weight in _expert_weights(node))
+    per_expert = (sympy.Mul(*sizes.shape(weight)[1:]) for weight in _expert_weights(node))
     return 2 * _expert_rows(node, sizes) * _total(per_expert)
 
 
@@ -238,7 +246,7 @@ def _expert_rows(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     for argument in node.all_input_nodes:
         value = argument.meta["val"]
         if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32):
-            return sympy.prod(sizes.shape(argument))
+            return sympy.Mul(*sizes.shape(argument))
     return ZERO
 
 
@@ -324,7 +332,9 @@ def _weights(program: Program, node: fx.Node, sizes: Sizes) -> Iterator[Access]:
 
 def _activations(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     """Bytes that a node reads from and writes to other nodes; weights, keys and values count elsewhere."""
-    elsewhere: tuple[Any, ...] = {ATTENTION: node.args[1:3], CACHED_ATTENTION: node.args[1:5]}.get(node.target, ())
+    elsewhere: tuple[Any, ...] = ()
+    if node.target in ATTENTION_OPS:
+        elsewhere = node.args[1:5] if node.target is CACHED_ATTENTION else node.args[1:3]
     others = (argument for argument in node.all_input_nodes if argument not in elsewhere)
     written = sizes.bytes(node.meta["val"][0] if node.target is CACHED_ATTENTION else node)
     table = node.args[0] if _name(node) in GATHERS else None  # of which only as much is read as is returned
@@ -341,13 +351,13 @@ def _unexpanded(node: fx.Node) -> fx.Node:
 
 
 def _keys_and_values(node: fx.Node, sizes: Sizes) -> sympy.Expr:
-    if node.target not in (ATTENTION, CACHED_ATTENTION, aten.scaled_dot_product_attention.default):
+    if node.target not in (*ATTENTION_OPS, aten.scaled_dot_product_attention.default):
         return ZERO
     first = 3 if node.target is CACHED_ATTENTION else 1
     batch, heads, _, key_width = sizes.shape(node.args[first])
     value_width = sizes.shape(node.args[first + 1])[-1]
     item = node.args[first].meta["val"].element_size()  # type: ignore[union-attr]
-    return batch * heads * _columns(node, sizes) * (key_width + value_width) * item
+    return batch * heads * _keys_read(node, sizes) * (key_width + value_width) * item
 
 
 def _critical_path(program: Program, chosen: set[fx.Node]) -> int:

@@ -37,7 +37,7 @@ def readable(program: Program) -> str:
     operators = Counter(node.op for node in program.graph.nodes)
     lines = [f"# {program.source.name}: {operators['call_function']} operators, {operators['get_attr']} tensors"]
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
-    results = program.output_node().args[0]
+    results: Any = program.output_node().args[0]
     for kind, ports, nodes in (("input", program.inputs, inputs), ("output", program.outputs, results)):
         for port, node in zip(ports, nodes, strict=False):  # a program in the making may have fewer ports
             lines.append(f"# {kind} {_port(port)}: {type_text(node.meta.get('val'), names)}")

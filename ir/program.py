@@ -142,7 +142,8 @@ class Program:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that the graph reads, by name, in graph order."""
-        return {str(node.target): self.tensor(str(node.target)) for node in self.graph.nodes if node.op == "get_attr"}
+        names = dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
+        return {name: self.tensor(name) for name in names}
 
     def weight_bytes(self) -> int:
         """Bytes of the tensors that the graph reads; shared storage is counted once."""
@@ -185,7 +186,8 @@ class Program:
 
     def recompile(self) -> None:
         """Drop dead nodes and unused tensors, check the graph's form, and regenerate its code."""
-        self.graph.eliminate_dead_code()
+        # A functional program has no side effects, whatever FX thinks of seeded operators.
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         self.graph.lint()
         self.module = fx.GraphModule(self.tensors(), self.graph)
 
@@ -233,7 +235,7 @@ def fake_value(node: fx.Node) -> Any:
         return argument.meta["val"]
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-    mode = _fake_mode((args, kwargs))
+    mode = _fake_mode((args, kwargs)) or _fake_mode([other.meta.get("val") for other in node.graph.nodes])
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     if mode is None:
         return target(*args, **kwargs)

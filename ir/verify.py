@@ -148,7 +148,7 @@ def _slots_written_once(program: Program) -> Iterator[Violation]:
     """Every cache slot is written exactly once a step, by the attention of that number, which alone reads it."""
     writers: dict[int, fx.Node] = {}
     for node in program.nodes(CACHED_ATTENTION):
-        slot = node.kwargs.get("slot", -1)
+        slot: Any = node.kwargs.get("slot", -1)
         if slot in writers:
             yield node, f"slot {slot} is written by {writers[slot].name} already"
         writers[slot] = node
@@ -199,7 +199,8 @@ def _functional(program: Program) -> Iterator[Violation]:
 def _branches_agree(program: Program) -> Iterator[Violation]:
     """The branches of a condition take the same operands and return the same types."""
     for node in program.nodes(COND):
-        _, *branches, operands = node.args[:4]
+        branches: tuple[Any, ...] = node.args[1:3]
+        operands: Any = node.args[3]
         modules = [_branch(program, branch) for branch in branches]
         if len(modules) != 2 or None in modules:
             yield node, "the branches are not two graphs of the program"

@@ -36,6 +36,8 @@ class InsertKVCache(Pass):
         if program.input(Role.TOKENS) is None or program.output(Role.LOGITS) is None:
             raise Unsupported("a KV cache for a program without tokens and logits", hint="Use cache=False.")
         prove_cacheable(program)
+        if not any(True for _ in program.nodes(ATTENTION)):
+            raise Unsupported("a KV cache: no attention was recognised in the model", hint="Use cache=False.")
 
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""

@@ -92,7 +92,7 @@ class Executable:
         return f"{type(self).__name__}({self.program.source.name}, target={self.target!r}, cache={cache})"
 
     @torch.no_grad()
-    def __call__(self, *args: Tensor, **named: Tensor) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """Run the program.
 
         Args:
@@ -119,7 +119,7 @@ class Executable:
         return self._structured(self.session.run({name: values[name].to(self.device) for name in names}))
 
     def _fill_defaults(self, values: dict[str, Tensor]) -> None:
-        tokens = values.get(self._input_name(Role.TOKENS) or "")
+        tokens = values.get(self._input_name(Role.TOKENS))
         if tokens is None:
             return
         positions, padding = self._input_name(Role.POSITIONS), self._input_name(Role.PADDING)
@@ -170,8 +170,9 @@ class Executable:
             hint="Use the tokenizer of this model.",
         )
 
-    def _input_name(self, role: Role) -> str | None:
-        return next((port.name for port in self.program.inputs if port.role == role), None)
+    def _input_name(self, role: Role) -> str:
+        """Name of the input port of that role, "" if there is none."""
+        return next((port.name for port in self.program.inputs if port.role == role), "")
 
 
 @dataclass(frozen=True)
@@ -319,13 +320,14 @@ class TokenModel(Executable):
         if layout.first is not None and not self._is_causal:
             hint = "Run sequences of one length together, without padding."
             raise Unsupported("padding for a model whose tokens see later ones", hint=hint)
+        self.check_length(int(layout.counts.max()))
         tokens = layout.to_front(tokens)
         self._check_range(tokens)
         return tokens, layout
 
     def new_cache(self, batch: int, rows: int, spare: int = SMALLEST_CAPACITY) -> KVCache:
         """An empty cache with room for `rows` tokens a sequence, and `spare` more if the model reaches so far."""
-        capacity = self.max_length or self._bounded(rows + spare)
+        capacity = self._bounded(self.max_length or rows + spare)
         return KVCache.allocate(self.session.slots, batch, max(capacity, rows), self.device)
 
     def reserve(self, cache: KVCache, rows: int) -> None:
@@ -373,7 +375,8 @@ class TokenModel(Executable):
             cache = self.new_cache(batch, width, spare=0)
             start = cache.lengths
         self.reserve(cache, int(start.max()) + width)
-        logits = self.session.step(tokens, positions, start, rows, cache)
+        # A copy: the session's next step may overwrite its buffer.
+        logits = self.session.step(tokens, positions, start, rows, cache).clone()
         cache.lengths += layout.counts
         return logits
 
@@ -382,7 +385,7 @@ class TokenModel(Executable):
         values = {port.name: by_role[port.role] for port in self.program.inputs if port.role in by_role}
         outputs = self.session.run(values | extra)
         logits = next(outputs[port.name] for port in self.program.outputs if port.role == Role.LOGITS)
-        if self._input_name(Role.LOGIT_ROWS) is not None:
+        if self._input_name(Role.LOGIT_ROWS):
             return logits
         return logits.gather(1, rows.unsqueeze(-1).expand(*rows.shape, logits.shape[-1]))
 

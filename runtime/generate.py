@@ -41,7 +41,6 @@ class GenerationCache:
 
     is_compileable = False
     is_croppable = True
-    is_sliding = [False]
 
     def __init__(self) -> None:
         self.kv: KVCache | None = None
@@ -187,7 +186,7 @@ class CausalLM(TokenModel, GenerationMixin):
         output = CausalLMOutputWithPast(logits=layout.clear_padding(logits, rows), past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
-    __call__ = forward
+    __call__ = forward  # type: ignore[assignment]  # named arguments, where the base class takes ports
 
     @torch.no_grad()
     def generate(
@@ -301,7 +300,6 @@ class CausalLM(TokenModel, GenerationMixin):
         if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
             hint = "Tokenize with padding_side='left': new tokens follow the last column."
             raise InvalidInput("the prompt is padded on the right.", hint=hint)
-        self.check_length(int(layout.counts.max()))
         return prompt.long()
 
     def _check_cache(self, cache: Any) -> None:

@@ -7,10 +7,10 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from skipstone import __version__
 from skipstone.ir.errors import InvalidPlan, SkipstoneError, Unsupported, UserError
 
 USER_ERROR, UNSUPPORTED, DEFECT = 2, 3, 1
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skipstone", description="Make transformer inference cheaper, graph by graph."
     )
-    parser.add_argument("--version", action="version", version=f"skipstone {_version()}")
+    parser.add_argument("--version", action="version", version=f"skipstone {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     inspect = commands.add_parser("inspect", help="show the layers and sublayers of a model and what they cost")
@@ -108,7 +108,10 @@ def describe(model: Any) -> str:
 
 def _optimize(arguments: argparse.Namespace) -> None:
     from skipstone.optimize import optimize
+    from skipstone.runtime.generate import CausalLM
 
+    if arguments.measure and arguments.prompt is None:
+        raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
     plan = _plan(arguments)
     model = load_model(arguments.model, arguments.trust_remote_code)
     tokens = tokenizer = None
@@ -118,20 +121,14 @@ def _optimize(arguments: argparse.Namespace) -> None:
         if tokens.numel() == 0:
             raise UserError("The prompt is empty.", hint="Give at least one token after --prompt.")
     executable = optimize(model, plan, target=arguments.target, threads=arguments.threads)
-    generated = None
-    if tokens is not None:
-        generated = executable.generate(tokens, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     if arguments.measure:
-        executable.report.measure(executable, _measured_prompt(tokens), model)
+        executable.report.measure(executable, tokens, model)
     print(executable.report)
-    if tokenizer is not None and generated is not None:
+    if tokenizer is not None:
+        if not isinstance(executable, CausalLM):
+            raise Unsupported("generating text with a model that is no causal language model", where=arguments.model)
+        generated = executable.generate(tokens, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         print(f"\n{tokenizer.decode(generated[0], skip_special_tokens=True)}")
-
-
-def _measured_prompt(tokens: Any) -> Any:
-    if tokens is None:
-        raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
-    return tokens
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
@@ -222,13 +219,6 @@ def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive integer, not {text!r}")
     return int(text)
-
-
-def _version() -> str:
-    try:
-        return version("skipstone")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def _entry(data: Any, where: str) -> Pass:
     kind = known[name]
     where = f"{where} ({name})"
     _check_version(settings.pop("version", None), kind.version, where)
-    return _build(kind, settings, where)
+    entry: Pass = _build(kind, settings, where)
+    return entry
 
 
 def _build(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
@@ -192,7 +193,8 @@ def _checked(entry: Any) -> Pass:
     if type(entry) not in ENTRIES:
         names = ", ".join(each.__name__ for each in ENTRIES)
         raise InvalidPlan(f"A plan cannot hold {entry!r}.", hint=f"It takes {names}.")
-    return _conform(entry, type(entry), entry.name)
+    checked: Pass = _conform(entry, type(entry), entry.name)
+    return checked
 
 
 def _check_order(entries: Sequence[Pass]) -> None:

@@ -120,7 +120,8 @@ class HuggingFaceSteps:
 
     def decode(self, tokens: Tensor, cache: Any) -> Tensor:
         """See `Stepwise.decode`."""
-        return self.model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        logits: Tensor = self.model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        return logits
 
 
 def measure(
@@ -271,8 +272,8 @@ class Report:
             runs = f"median of {measured.samples}"
             prompt += f" ({measured.prompt} tokens, {runs})"
             decode += f" ({measured.new_tokens} tokens, {runs})"
-        table.add_row(prompt, *_times(first and first.prefill_ms, second and second.prefill_ms))
-        table.add_row(decode, *_times(first and first.decode_ms, second and second.decode_ms))
+        table.add_row(prompt, *_times(*(each.prefill_ms if each else None for each in (first, second))))
+        table.add_row(decode, *_times(*(each.decode_ms if each else None for each in (first, second))))
         return table
 
     def _stages(self) -> Table | None:

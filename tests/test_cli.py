@@ -14,7 +14,7 @@ from skipstone.ir.errors import InternalError, Unsupported, UserError
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
 
-MODELS = '''
+MODELS = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +35,7 @@ def nothing():
 
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

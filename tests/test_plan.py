@@ -151,7 +151,7 @@ def test_passes_stand_in_the_order_in_which_they_run(monkeypatch):
 
     monkeypatch.setattr("skipstone.plan.ENTRIES", (SkipSublayers, Later))
     assert len(Plan([SkipSublayers(), Later()])) == 2
-    with pytest.raises(InvalidPlan, match="skip_sublayers stands after later.*order is: skip_sublayers, later"):
+    with pytest.raises(InvalidPlan, match=r"skip_sublayers stands after later.*order is: skip_sublayers, later"):
         Plan([Later(), SkipSublayers()])
 
 
@@ -167,9 +167,9 @@ def test_a_file_gives_back_the_plan(tmp_path: Path):
 def test_errors_name_the_file(tmp_path: Path):
     path = tmp_path / "broken.json"
     path.write_text('{"format": "skipstone.plan"')
-    with pytest.raises(InvalidPlan, match="broken.json is not JSON"):
+    with pytest.raises(InvalidPlan, match=r"broken\.json is not JSON"):
         Plan.load(path)
-    with pytest.raises(InvalidPlan, match="absent.json: No such file"):
+    with pytest.raises(InvalidPlan, match=r"absent\.json: No such file"):
         Plan.load(tmp_path / "absent.json")
     with pytest.raises(ArtifactError, match="No such file"):
         Plan().save(tmp_path / "absent" / "plan.json")

@@ -309,6 +309,7 @@ def test_8_no_provenance(program: Program) -> None:
     _refused(program, 8, node.name, "where it came from")
 
 
+@pytest.mark.slow
 def test_twelve_layers_take_less_than_two_seconds() -> None:
     program = capture_huggingface(_llama(12))
     times = []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -96,6 +97,35 @@ def source_of(model: nn.Module, *, vocabulary: int | None, max_positions: int | 
         parameters=sum(p.numel() for p in parameters.values()),
         fingerprint=digest.hexdigest(),
     )
+
+
+class _Named(nn.Module):
+    def __init__(self, module: nn.Module, result: Callable[[Any], Any]) -> None:
+        super().__init__()
+        setattr(self, ROOT, module)
+        self.result = result
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.result(getattr(self, ROOT)(**inputs))
+
+
+def named(module: nn.Module, inputs: Iterable[str], result: Callable[[Any], Any] = lambda out: out) -> nn.Module:
+    """A wrapper whose `forward` takes exactly `inputs`, so that dynamic shapes can be given by name.
+
+    Args:
+        module: the user's module, which becomes the wrapper's `ROOT`.
+        inputs: names of its inputs.
+        result: what to return of its outputs.
+    """
+    wrapper = _Named(module, result)
+
+    def forward(**values: Tensor) -> Any:
+        return _Named.forward(wrapper, **values)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
+    wrapper.forward = forward  # type: ignore[method-assign]
+    return wrapper
 
 
 def export(wrapper: nn.Module, inputs: Mapping[str, Tensor], dynamic: Mapping[str, Sequence[int]]) -> ExportedProgram:

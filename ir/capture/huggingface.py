@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import ModelOutput
 
-from skipstone.ir.capture.exported import ROOT, export, refuse_unusable, source_of, to_program
+from skipstone.ir.capture.exported import ROOT, export, named, refuse_unusable, source_of, to_program
 from skipstone.ir.capture.masks import classify
 from skipstone.ir.capture.validate import compare
 from skipstone.ir.dialect import Kind, attention
@@ -145,19 +145,9 @@ class _CausalForward(nn.Module):
         return (getattr(self, ROOT)(input_ids=input_ids, use_cache=False, return_dict=True, **extra).logits,)
 
 
-class _NamedForward(nn.Module):
-    """Any named inputs; the model's tensor outputs in order."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        setattr(self, ROOT, model)
-        self.names: tuple[str, ...] = ()
-
-    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        out: ModelOutput = getattr(self, ROOT)(**inputs, return_dict=True)
-        kept = {name: value for name, value in out.items() if isinstance(value, Tensor)}
-        self.names = tuple(kept)
-        return tuple(kept.values())
+def _tensors(out: ModelOutput) -> dict[str, Tensor]:
+    """The tensor outputs by name."""
+    return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 
 
 def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None = None) -> Program:
@@ -182,7 +172,7 @@ def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Ten
     )
     causal = example_inputs is None and model.can_generate() and not model.config.is_encoder_decoder
     inputs = dict(example_inputs) if example_inputs is not None else _example(model, source.vocabulary, causal)
-    wrapper = _wrapper(model, inputs) if causal else _NamedForward(model)
+    wrapper = _causal(model) if causal else named(model, inputs, _tensors)
     try:
         program = _capture(model, wrapper, inputs, source, causal, seam=True)
         compare(program, wrapper, inputs)
@@ -206,8 +196,7 @@ def _capture(
         exported = export(wrapper, inputs, dynamic)
     roles = {"input_ids": Role.TOKENS, "position_ids": Role.POSITIONS, "logits": Role.LOGITS}
     roles |= {"inputs_embeds": Role.EMBEDDINGS, "attention_mask": Role.PADDING}
-    names = ["logits"] if causal else list(wrapper.names)  # type: ignore[arg-type]
-    del outputs
+    names = ["logits"] if causal else list(outputs)
     return to_program(exported, source, roles, names)
 
 
@@ -292,6 +281,6 @@ def _example(model: PreTrainedModel, vocabulary: int | None, causal: bool) -> di
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _wrapper(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> _CausalForward:
+def _causal(model: PreTrainedModel) -> _CausalForward:
     accepted = inspect.signature(model.forward).parameters
     return _CausalForward(model, "position_ids" in accepted, "attention_mask" in accepted)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from skipstone.ir.capture.attention import recognise_attention
-from skipstone.ir.capture.exported import ROOT, export, refuse_unusable, source_of, to_program
+from skipstone.ir.capture.exported import export, named, refuse_unusable, source_of, to_program
 from skipstone.ir.capture.validate import compare
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role
@@ -25,15 +25,6 @@ ROLES = {
     "logits": Role.LOGITS,
 }
 """Names with a meaning; every other input or output is known by its name alone."""
-
-
-class _Named(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        setattr(self, ROOT, module)
-
-    def forward(self, **inputs: Tensor) -> Any:
-        return getattr(self, ROOT)(**inputs)
 
 
 def capture_module(
@@ -62,7 +53,7 @@ def capture_module(
                 hint="Pass inputs for which module(**example_inputs) works.",
             ) from error
     dynamic = dynamic_shapes or {name: range(min(value.ndim, 2)) for name, value in inputs.items()}
-    exported = export(_Named(module), inputs, dynamic)
+    exported = export(named(module, inputs), inputs, dynamic)
     source = source_of(module, vocabulary=_vocabulary(module), max_positions=None)
     program = to_program(exported, source, ROLES, _output_names(outputs))
     recognise_attention(program)

@@ -1,0 +1,276 @@
+"""Which operators mix tokens: the proof that a KV cache is sound.
+
+A cache lets a program compute new tokens alone. That is exact only if attention is the one place where tokens meet and
+if a token's position comes from the `POSITIONS` input alone. The analysis follows the sequence axis through the graph:
+a dimension is *along the sequence* when its size depends on the sequence length S. Every operator must then work row
+by row along it: it may not reduce, contract, slice, shift or sort it. Values that are counted inside the graph
+(``arange(S)``, S itself as a number) may not reach an activation. An operator that is not known here is an offender.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from skipstone.ir.dialect import ATTENTION, Kind
+from skipstone.ir.errors import Unsupported
+from skipstone.ir.program import Program, Role, module_path
+
+aten = torch.ops.aten
+
+CACHEABLE = (Kind.CAUSAL, Kind.SLIDING, Kind.CHUNKED)
+"""Patterns in which a token never sees a later one, and which follow from positions alone."""
+
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_MOVES = (
+    aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.expand.default, aten.t.default, aten.unsqueeze_.default, aten.clone.default, aten.contiguous.default,
+    aten._to_copy.default, aten.to.dtype, aten.alias.default, aten.detach.default, aten.dropout.default,
+    aten.repeat.default, aten.view_as_complex.default, aten.view_as_real.default, aten.expand_as.default, aten.type_as.default, aten.broadcast_to.default, aten.squeeze.default, aten.constant_pad_nd.default,
+)  # fmt: skip
+_ELEMENTWISE = (aten.polar.default, aten.complex.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf,
+                aten.relu6.default, aten.softplus.default, aten.mish.default, aten.hardswish.default)  # fmt: skip
+_CONSTANTS = (
+    aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.full.default, aten.ones.default,
+    aten.zeros.default, aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.scalar_tensor.default,
+    aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format,
+)  # fmt: skip
+_ALONG_DIM: dict[Any, int] = {  # operators that work along the dimension(s) in this argument
+    aten.softmax.int: 1, aten._softmax.default: 1, aten.log_softmax.int: 1, aten.mean.dim: 1, aten.sum.dim_IntList: 1,
+    aten.amax.default: 1, aten.amin.default: 1, aten.max.dim: 1, aten.min.dim: 1, aten.argmax.default: 1,
+    aten.var.correction: 1, aten.var.dim: 1, aten.std.correction: 1, aten.linalg_vector_norm.default: 2,
+    aten.norm.ScalarOpt_dim: 2, aten.cumsum.default: 1, aten.cumprod.default: 1, aten.sort.default: 1, aten.sort.stable: 2,
+    aten.topk.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2,
+    aten.unbind.int: 1, aten.select.int: 1, aten.gather.default: 1, aten.scatter.src: 1, aten.scatter.value: 1,
+    aten.flip.default: 1, aten.index_select.default: 1, aten.glu.default: 1, aten.logsumexp.default: 1,
+    aten.any.dim: 1, aten.all.dim: 1, aten.prod.dim_int: 1, aten.repeat_interleave.self_int: 2, aten.diff.default: 2,
+    aten.argsort.default: 1, aten.scatter_add.default: 1, aten.unflatten.int: 1, aten.narrow.default: 1,
+    aten.roll.default: 2, aten.unfold.default: 1, aten.cummax.default: 1,
+}  # fmt: skip
+_DEFAULT_DIM: dict[Any, Any] = {
+    aten.topk.default: -1, aten.split.Tensor: 0, aten.split_with_sizes.default: 0, aten.chunk.default: 0,
+    aten.unbind.int: 0, aten.sort.default: -1, aten.glu.default: -1, aten.argsort.default: -1,
+}  # fmt: skip
+_ROW_COPIES = (aten.repeat_interleave.self_int,)
+"""Operators along a dimension that keep its rows apart."""
+
+
+@dataclass(frozen=True)
+class Offender:
+    """A node that breaks the proof.
+
+    Attributes:
+        node: where.
+        reason: what it does, in words.
+        hint: the way out, if there is one.
+    """
+
+    node: fx.Node
+    reason: str
+    hint: str = ""
+
+    def refusal(self) -> Unsupported:
+        """The offender as a typed refusal."""
+        place = ", ".join(part for part in (module_path(self.node), self.node.name) if part)
+        hint = self.hint or "Use cache=False: each step then recomputes the sequence."
+        return Unsupported(f"a KV cache: {self.reason}", where=place, hint=hint)
+
+
+def prove_cacheable(program: Program) -> None:
+    """Return if a KV cache is exact for this program.
+
+    Raises:
+        Unsupported: it is not; the message names the first node that mixes tokens, and how.
+    """
+    for offender in offenders(program):
+        raise offender.refusal()
+
+
+def offenders(program: Program) -> Iterator[Offender]:
+    """Every node that keeps a KV cache from being exact, in graph order."""
+    tokens = program.input(Role.TOKENS) or program.input(Role.EMBEDDINGS)
+    if tokens is None:
+        raise Unsupported("a KV cache for a program without a token or embedding input")
+    return _Analysis(program, tokens.meta["val"].shape[1]).run()
+
+
+class _Analysis:
+    """Follows, from inputs to outputs, what depends on tokens or positions and what is counted inside."""
+
+    def __init__(self, program: Program, length: Any) -> None:
+        self.program = program
+        self.length = length.node.expr
+        self.active: set[fx.Node] = set()  # depends on the tokens or the positions
+        self.counted: set[fx.Node] = set()  # tells rows apart without having looked at an input
+
+    def run(self) -> Iterator[Offender]:
+        sources = (Role.TOKENS, Role.EMBEDDINGS, Role.POSITIONS)
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        for port, node in zip(self.program.inputs, placeholders, strict=True):
+            if port.role in sources:
+                self.active.add(node)
+        for node in self.program.nodes():
+            operands = node.all_input_nodes
+            if node.target in _CONSTANTS or not self._is_tensor(node):
+                continue
+            if any(operand in self.counted for operand in operands) or self._counts(node):
+                self.counted.add(node)
+            if not any(operand in self.active for operand in operands):
+                continue
+            self.active.add(node)
+            reason = self._judge(node)
+            if reason:
+                yield Offender(node, reason)
+
+    def _judge(self, node: fx.Node) -> str:
+        target = node.target
+        if target is ATTENTION:
+            return self._judge_attention(node)
+        if node in self.counted:
+            return f"{_name(node)} uses positions that the model counts itself, not the position_ids input"
+        if self._length_as_value(node):
+            return f"{_name(node)} uses the sequence length as a number"
+        inputs = [operand for operand in node.all_input_nodes if self._axes(operand)]
+        if not inputs and not self._axes(node):
+            return ""
+        if len(self._axes(node)) > 1:
+            return f"{_name(node)} pairs every token with every other"
+        if target is operator.getitem or target in _MOVES or target in _RESHAPES:
+            return self._judge_move(node)
+        if target in _ELEMENTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
+            return self._judge_broadcast(node, inputs)
+        if target is aten.linear.default:
+            return self._judge_contraction(node, [(node.args[0], -1), (node.args[1], -1)])
+        if target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+            return self._judge_contraction(node, [(node.args[0], -1), (node.args[1], -2)])
+        if target is aten.addmm.default:
+            return self._judge_contraction(node, [(node.args[1], -1), (node.args[2], -2)])
+        if target in (aten.layer_norm.default, aten.rms_norm.default):
+            return self._judge_dims(node, range(-len(node.args[1]), 0))  # type: ignore[arg-type]
+        if target is aten.embedding.default:
+            return "" if not self._axes(node.args[0]) else f"{_name(node)} looks up a table made of tokens"
+        if target in (aten.cat.default, aten.stack.default):
+            return self._judge_cat(node)
+        if target is aten.slice.Tensor:
+            return self._judge_slice(node)
+        if target is aten.index.Tensor:
+            return f"{_name(node)} picks rows of the sequence" if self._axes(node.args[0]) else ""
+        if target is aten.one_hot.default:
+            return ""
+        if target in _ROW_COPIES:
+            return ""
+        if target in _ALONG_DIM:
+            place = _ALONG_DIM[target]
+            dims = node.args[place] if len(node.args) > place else node.kwargs.get("dim", _DEFAULT_DIM.get(target))
+            if dims is None or dims == []:
+                return f"{_name(node)} works over the whole sequence"
+            return self._judge_dims(node, dims if isinstance(dims, list | tuple) else [dims])
+        return f"{_name(node)} is not known to keep tokens apart"
+
+    def _judge_attention(self, node: fx.Node) -> str:
+        kind = Kind(str(node.kwargs["kind"]))
+        if node.kwargs.get("slot", -1) == -1:
+            return "cross attention has keys that do not belong to the sequence"
+        if kind not in CACHEABLE or any(argument is not None for argument in node.args[3:5]):
+            reasons = {
+                Kind.BIDIRECTIONAL: "bidirectional attention sees later tokens",
+                Kind.BLOCK_CAUSAL: "block-causal attention sees later tokens of its block",
+            }
+            return reasons.get(kind, "attention with an explicit mask or bias, of which no rule is known")
+        for operand in node.args[:3]:
+            if self._axes(operand) not in ((2,), ()):  # type: ignore[arg-type]
+                return "attention over something other than the sequence"
+            if operand in self.counted:
+                return "attention reads positions that the model counts itself, not the position_ids input"
+        return ""
+
+    def _judge_move(self, node: fx.Node) -> str:
+        """Views keep rows apart as long as the sequence stays within one dimension and is not cut."""
+        if node.target is aten.constant_pad_nd.default:
+            source = node.args[0]
+            padded = range(source.meta["val"].ndim - len(node.args[1]) // 2, source.meta["val"].ndim)  # type: ignore
+            return f"{_name(node)} pads the sequence" if set(padded) & set(self._axes(source)) else ""
+        source = node.args[0]
+        if node.target in _RESHAPES and self._axes(source) and not self._axes(node):
+            return f"{_name(node)} folds the sequence away"
+        for axis in self._axes(node):
+            size = node.meta["val"].shape[axis].node.expr
+            if size.has(sympy.floor) or "//" in str(size):
+                return f"{_name(node)} cuts the sequence into blocks"
+        return ""
+
+    def _judge_broadcast(self, node: fx.Node, inputs: list[fx.Node]) -> str:
+        result = {axis - node.meta["val"].ndim for axis in self._axes(node)}
+        for operand in inputs:
+            if {axis - operand.meta["val"].ndim for axis in self._axes(operand)} != result:
+                return f"{_name(node)} meets the sequence in two different dimensions"
+        return ""
+
+    def _judge_contraction(self, node: fx.Node, contracted: list[tuple[Any, int]]) -> str:
+        for operand, axis in contracted:
+            ndim = operand.meta["val"].ndim
+            if (axis % ndim if ndim > 1 else 0) in self._axes(operand):
+                return f"{_name(node)} sums over the sequence"
+        return ""
+
+    def _judge_dims(self, node: fx.Node, dims: Any) -> str:
+        for operand in node.all_input_nodes:
+            axes = self._axes(operand)
+            if axes and any(dim % operand.meta["val"].ndim in axes for dim in dims):
+                return f"{_name(node)} works along the sequence"
+        return ""
+
+    def _judge_cat(self, node: fx.Node) -> str:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        ndim = node.meta["val"].ndim
+        if dim % ndim in self._axes(node):  # type: ignore[operator]
+            return f"{_name(node)} puts tokens before or after others"
+        operands = [operand for operand in node.args[0] if self._axes(operand)]  # type: ignore[union-attr]
+        return "" if len({self._axes(operand) for operand in operands}) <= 1 else f"{_name(node)} joins unlike axes"
+
+    def _judge_slice(self, node: fx.Node) -> str:
+        source, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        if dim % source.meta["val"].ndim not in self._axes(source):  # type: ignore
+            return ""
+        whole = node.meta["val"].shape == source.meta["val"].shape  # type: ignore[union-attr]
+        return "" if whole else f"{_name(node)} takes a part of the sequence"
+
+    def _axes(self, node: Any) -> tuple[int, ...]:
+        """The dimensions of a tensor value whose size depends on S; those of its first part, for several values."""
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if isinstance(value, list | tuple):
+            value = next((part for part in value if isinstance(part, torch.Tensor)), None)
+        if not isinstance(value, torch.Tensor):
+            return ()
+        return tuple(axis for axis, size in enumerate(value.shape) if self._depends(size))
+
+    def _depends(self, size: Any) -> bool:
+        return isinstance(size, torch.SymInt) and self.length in size.node.expr.free_symbols
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor | list | tuple)
+
+    def _counts(self, node: fx.Node) -> bool:
+        """Whether the node itself numbers the rows of the sequence, from nothing but its length."""
+        if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default):
+            return bool(self._axes(node))
+        if node.target in (aten.cumsum.default, aten.tril.default, aten.triu.default):
+            return not any(operand in self.active for operand in node.all_input_nodes) and bool(self._axes(node))
+        return False
+
+    def _length_as_value(self, node: fx.Node) -> bool:
+        """Whether arithmetic on activations uses a number that depends on S."""
+        if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            return False
+        return any(self._depends(operand.meta.get("val")) for operand in node.all_input_nodes)
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]

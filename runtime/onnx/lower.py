@@ -1,0 +1,270 @@
+"""From a program to an ONNX model, with opset 23 and `com.microsoft` operators only.
+
+The program's graph is interpreted once under `torch.export`: there the operators that have a better ONNX form than
+torch.onnx's own become that form (`_OnnxForms`), dialect operators without one become their reference in plain
+operators, and everything else stays ATen, which torch.onnx converts. Weights never pass through the model: large
+tensors are external data that the session takes from torch memory, under the names that they have in the program.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from skipstone.ir.dialect import (
+    ATTENTION,
+    CACHED_ATTENTION,
+    Kind,
+    attention_reference,
+    cached_attention_reference,
+)
+from skipstone.ir.errors import Unsupported
+from skipstone.ir.program import Program, module_path
+
+OPSET = 23
+MICROSOFT = "com.microsoft"
+WEIGHTS_FILE = "model.onnx.data"
+EXTERNAL_FROM_BYTES = 1024
+"""Tensors from this size on are external. Smaller ones stay in the model, where ONNX Runtime can fold them."""
+
+_ROOT = "program"
+_NO_KERNELS = (torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class LoweredModel:
+    """An ONNX model and the tensors that it refers to.
+
+    Attributes:
+        proto: the serialized model. Large initializers are external data without content.
+        tensors: the external initializers by name; they alias the program's tensors.
+        inputs, outputs: names in port order.
+    """
+
+    proto: bytes
+    tensors: dict[str, Tensor]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def lower(program: Program, directory: Path | None = None) -> LoweredModel:
+    """Lower a program to ONNX.
+
+    Args:
+        program: in float32; left as it is.
+        directory: where to write ``model.onnx`` and its weights too, if anywhere.
+    Raises:
+        Unsupported: a dtype that ONNX Runtime has no CPU kernels for, or an operator that ONNX has no form for.
+    """
+    _check_dtypes(program)
+    model = _to_onnx(_export(program))
+    names = [port.name for port in (*program.inputs, *program.outputs)]
+    for value, name in zip((*model.graph.inputs, *model.graph.outputs), names, strict=True):
+        value.name = name
+    tensors = _externalize(model, program)
+    proto = ir.to_proto(model).SerializeToString()
+    if directory is not None:
+        _save(model, tensors, directory)
+    inputs, outputs = program.inputs, program.outputs
+    return LoweredModel(proto, tensors, tuple(p.name for p in inputs), tuple(p.name for p in outputs))
+
+
+def _check_dtypes(program: Program) -> None:
+    for node in program.graph.nodes:
+        if getattr(node.meta.get("val"), "dtype", None) in _NO_KERNELS:
+            raise Unsupported(
+                f"{node.meta['val'].dtype} on ONNX Runtime's CPU provider",
+                where=module_path(node) or node.name,
+                hint="Convert the model to float32, or use target='eager'.",
+            )
+
+
+class _OnnxForms(fx.Interpreter):
+    """Runs a program's graph with the operators that we choose an ONNX form for in that form."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.lengths: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        match target:
+            case torch.ops.aten.linear.default if args[1].dim() == 2:
+                return _linear(*args, **kwargs)
+            case _ if target == ATTENTION:
+                return attention_reference(*args, **kwargs)
+            case _ if target == CACHED_ATTENTION and _has_group_query_form(*args, **kwargs):
+                return self._group_query_attention(*args, **kwargs)
+            case _ if target == CACHED_ATTENTION:
+                return cached_attention_reference(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def _group_query_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        start: Tensor,
+        bias: Tensor | None = None,
+        sinks: Tensor | None = None,
+        *,
+        scale: float,
+        kind: str,
+        window: int = 0,
+        softcap: float = 0.0,
+        slot: int = -1,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`cached_attention` as GroupQueryAttention; it writes in place when past and present are one buffer."""
+        batch, heads, rows, width = q.shape
+        if start not in self.lengths:
+            # `query_seqlens` lets a batch continue with several tokens each, from different starts; `total` is then an
+            # upper bound only.
+            last = start + (rows - 1)
+            total = (last.max() + 1).to(torch.int32)
+            self.lengths[start] = last.to(torch.int32), total, torch.full_like(start, rows, dtype=torch.int32)
+        last, total, count = self.lengths[start]
+        flat = [x.transpose(1, 2).reshape(batch, rows, x.shape[1] * width) for x in (q, k, v)]
+        attributes = {"num_heads": heads, "kv_num_heads": k.shape[1], "scale": scale, "do_rotary": 0}
+        if kind == Kind.SLIDING:
+            attributes["local_window_size"] = window
+        if softcap > 0:
+            attributes["softcap"] = softcap
+        inputs = (*flat, k_cache, v_cache, last, total, None, None, None, None, sinks, None, None, None, None, count)
+        out, keys, values = torch.onnx.ops.symbolic_multi_out(
+            f"{MICROSOFT}::GroupQueryAttention",
+            inputs,
+            attributes,
+            dtypes=(q.dtype, k_cache.dtype, v_cache.dtype),
+            shapes=((batch, rows, heads * width), k_cache.shape, v_cache.shape),
+            version=1,
+        )
+        return out.reshape(batch, rows, heads, width).transpose(1, 2), keys, values
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` that reads the weight as it lies in memory; torch.onnx would make a transposed copy."""
+    product = torch.onnx.ops.symbolic(
+        f"{MICROSOFT}::FusedMatMul",
+        (x, weight),
+        {"transB": 1},
+        dtype=x.dtype,
+        shape=(*x.shape[:-1], weight.shape[0]),
+        version=1,
+    )
+    return product if bias is None else product + bias
+
+
+def _has_group_query_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    kind: str,
+    **_options: Any,
+) -> bool:
+    """Whether GroupQueryAttention computes exactly this `cached_attention`."""
+    width = q.shape[3]
+    same_dtype = {x.dtype for x in (q, k, v, k_cache, v_cache)} == {torch.float32}
+    return kind in (Kind.CAUSAL, Kind.SLIDING) and bias is None and width == v.shape[3] and width % 8 == 0 and same_dtype
+
+
+class _Wrapper(nn.Module):
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        setattr(self, _ROOT, program.module)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with fx.traceback.preserve_node_meta():
+            return _OnnxForms(getattr(self, _ROOT)).run(*inputs)
+
+
+def _export(program: Program) -> ExportedProgram:
+    fakes = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    examples = tuple(torch.zeros([_example(size) for size in fake.shape], dtype=fake.dtype) for fake in fakes)
+    axes = tuple(
+        {axis: Dim.AUTO for axis, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)} for fake in fakes
+    )
+    with torch.no_grad():
+        return torch.export.export(_Wrapper(program), examples, dynamic_shapes=(axes,), strict=False)
+
+
+def _example(size: int | torch.SymInt) -> int:
+    """A size that satisfies all that was assumed about `size` when the program was traced."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _to_onnx(exported: ExportedProgram) -> ir.Model:
+    try:
+        with _quiet():
+            # Without torch.onnx's optimizer: it folds weights into new tensors; ONNX Runtime optimizes at loading.
+            onnx_program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _refusal(error, exported) from error
+    return onnx_program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx logs a line for each package that is not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _refusal(error: BaseException, exported: ExportedProgram) -> Unsupported:
+    """Name the operator and the module that torch.onnx could not convert."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if found := re.search(r"translating node %(\w+)", str(cause)):
+            node = next((node for node in exported.graph.nodes if node.name == found[1]), None)
+            if node is not None:
+                place = module_path(node).removeprefix(_ROOT).removeprefix(".") or node.name
+                return Unsupported(f"operator {node.target} in ONNX", where=place, hint="Use target='eager'.")
+        cause = cause.__cause__
+    return Unsupported(f"conversion to ONNX ({str(error).splitlines()[0]})", hint="Use target='eager'.")
+
+
+def _externalize(model: ir.Model, program: Program) -> dict[str, Tensor]:
+    """Give initializers their program names, and turn large ones into external data."""
+    tensors: dict[str, Tensor] = {}
+    own = program.tensors()
+    for initializer in list(model.graph.initializers.values()):
+        name = str(initializer.name).removeprefix(f"{_ROOT}.")
+        content = initializer.const_value
+        initializer.name = name
+        if content is None or content.nbytes < EXTERNAL_FROM_BYTES:
+            continue
+        tensors[name] = own[name] if name in own else torch.from_numpy(content.numpy())
+        if not tensors[name].is_contiguous():
+            tensors[name] = tensors[name].contiguous()
+        initializer.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, 0, content.nbytes, content.dtype, name=name, shape=content.shape
+        )
+    return tensors
+
+
+def _save(model: ir.Model, tensors: dict[str, Tensor], directory: Path) -> None:
+    raise NotImplementedError

@@ -1,0 +1,116 @@
+"""Running a lowered program in ONNX Runtime, on torch memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnxruntime
+import torch
+from onnxruntime import OrtValue
+from torch import Tensor
+
+from skipstone.ir.program import Program, Role
+from skipstone.runtime.cache import KVCache
+from skipstone.runtime.onnx.lower import LoweredModel, lower
+from skipstone.runtime.session import check_cache, slot_shapes, step_inputs
+
+
+class OnnxSession:
+    """Runs a program in ONNX Runtime; see `skipstone.runtime.session.Session`.
+
+    Weights, inputs and cache buffers are torch memory that ONNX Runtime reads and writes directly. The cache is updated
+    in place: each buffer is bound as an input and as the output that replaces it.
+
+    Args:
+        program: in float32, on the CPU.
+        threads: threads that one operator may use, None for one a core.
+    Raises:
+        Unsupported: see `skipstone.runtime.onnx.lower.lower`.
+    """
+
+    def __init__(self, program: Program, threads: int | None = None) -> None:
+        self.program = program
+        self.slots = slot_shapes(program)
+        lowered = lower(program)
+        # ONNX Runtime reads these for as long as it lives.
+        self._weights = lowered.tensors
+        self._session = _open(lowered, threads)
+        self._outputs = lowered.outputs
+        self._binding: _StepBinding | None = None
+
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Session.run`."""
+        binding = self._session.io_binding()
+        inputs = {port.name: values[port.name].detach().contiguous() for port in self.program.inputs}
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, share(tensor))
+        for name in self._outputs:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        return {
+            name: torch.from_dlpack(value) for name, value in zip(self._outputs, binding.get_outputs(), strict=True)
+        }
+
+    def step(self, tokens: Tensor, positions: Tensor, start: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
+        """See `Session.step`."""
+        check_cache(self.slots, tokens, start, cache)
+        values = step_inputs(self.program, tokens, positions, start, logit_rows)
+        if self._binding is None or not self._binding.fits(values, cache):
+            self._binding = _StepBinding(self._session, self.program, values, cache)
+        return self._binding.run(values)
+
+
+class _StepBinding:
+    """The bindings of one step, reused for as long as the sizes and the cache buffers stay the same."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, program: Program, values: Mapping[str, Tensor], cache: KVCache
+    ) -> None:
+        self.session = session
+        self.binding = session.io_binding()
+        self.inputs = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in values.items()}
+        self.buffers = [*cache.keys, *cache.values]
+        for name, tensor in self.inputs.items():
+            self.binding.bind_ortvalue_input(name, share(tensor))
+        shared = {
+            (role, slot): share(tensor)
+            for role, tensors in ((Role.CACHE_KEY, cache.keys), (Role.CACHE_VALUE, cache.values))
+            for slot, tensor in enumerate(tensors)
+        }
+        for port in program.inputs:
+            if port.slot is not None:
+                self.binding.bind_ortvalue_input(port.name, shared[port.role, port.slot])
+        for port in program.outputs:
+            if port.slot is not None:
+                self.binding.bind_ortvalue_output(port.name, shared[port.role, port.slot])
+        self.logits = next(port.name for port in program.outputs if port.role == Role.LOGITS)
+
+    def fits(self, values: Mapping[str, Tensor], cache: KVCache) -> bool:
+        """Whether a step with these inputs and this cache can use the binding."""
+        buffers = (*cache.keys, *cache.values)
+        same_cache = all(mine is theirs for mine, theirs in zip(self.buffers, buffers, strict=True))
+        return same_cache and all(values[name].shape == mine.shape for name, mine in self.inputs.items())
+
+    def run(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Run with new input values; the logits are a new tensor."""
+        for name, mine in self.inputs.items():
+            mine.copy_(values[name])
+        self.binding.bind_output(self.logits, "cpu")  # last, and anew each time: earlier logits stay what they were
+        self.session.run_with_iobinding(self.binding)
+        return torch.from_dlpack(self.binding.get_outputs()[-1])
+
+
+def share(tensor: Tensor) -> OrtValue:
+    """An OrtValue over the tensor's own memory, which must be contiguous and outlive it."""
+    return OrtValue.from_dlpack(tensor.detach())
+
+
+def _open(lowered: LoweredModel, threads: int | None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    names = list(lowered.tensors)
+    options.add_external_initializers(names, [share(lowered.tensors[name]) for name in names])
+    return onnxruntime.InferenceSession(lowered.proto, options, providers=["CPUExecutionProvider"])

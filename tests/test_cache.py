@@ -1,0 +1,83 @@
+"""The KV cache's buffers and lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skipstone.ir.errors import InvalidInput
+from skipstone.runtime.cache import KVCache, SlotShape
+
+SLOTS = (SlotShape(2, 8, 8, torch.float32), SlotShape(1, 4, 6, torch.bfloat16))
+
+
+def filled(batch: int = 3, capacity: int = 5) -> KVCache:
+    cache = KVCache.allocate(SLOTS, batch, capacity, "cpu")
+    for tensor in (*cache.keys, *cache.values):
+        tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
+    cache.lengths = torch.tensor([5, 2, 4])[:batch].clone()
+    return cache
+
+
+def test_allocate():
+    cache = KVCache.allocate(SLOTS, 3, 5, torch.device("cpu"))
+    assert [tuple(t.shape) for t in cache.keys] == [(3, 2, 5, 8), (3, 1, 5, 4)]
+    assert [tuple(t.shape) for t in cache.values] == [(3, 2, 5, 8), (3, 1, 5, 6)]
+    assert cache.keys[1].dtype == torch.bfloat16
+    assert (cache.batch, cache.capacity, cache.lengths.tolist()) == (3, 5, [0, 0, 0])
+    assert cache.nbytes == 3 * 5 * sum(slot.token_bytes for slot in SLOTS) == 3 * 5 * (128 + 20)
+    assert all(not tensor.any() and tensor.is_contiguous() for tensor in (*cache.keys, *cache.values))
+
+
+def test_growing_keeps_rows_and_clears_the_rest():
+    cache, before = filled(), filled()
+    cache.grow(9)
+    assert cache.capacity == 9
+    assert torch.equal(cache.keys[0][:, :, :5], before.keys[0]) and not cache.keys[0][:, :, 5:].any()
+    assert torch.equal(cache.values[1][:, :, :5], before.values[1]) and not cache.values[1][:, :, 5:].any()
+    assert cache.lengths.tolist() == [5, 2, 4]
+    buffer = cache.keys[0]
+    cache.grow(9)
+    assert cache.keys[0] is buffer
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [(2, [2, 2, 2]), ([5, 0, 1], [5, 0, 1])])
+def test_cropping_changes_lengths_only(lengths, expected):
+    cache = filled()
+    buffer, content = cache.keys[0], cache.keys[0].clone()
+    cache.crop(torch.tensor(lengths) if isinstance(lengths, list) else lengths)
+    assert cache.lengths.tolist() == expected
+    assert cache.keys[0] is buffer and torch.equal(buffer, content)
+
+
+def test_select_reorder_and_repeat():
+    cache, before = filled(), filled()
+    cache.reorder(torch.tensor([2, 2, 0]))
+    assert cache.lengths.tolist() == [4, 4, 5]
+    assert torch.equal(cache.values[1], before.values[1][[2, 2, 0]])
+    cache.select([1])
+    assert cache.batch == 1 and cache.lengths.tolist() == [4]
+    cache.repeat(2)
+    assert cache.lengths.tolist() == [4, 4]
+    assert torch.equal(cache.keys[0], before.keys[0][[2, 2]]) and cache.keys[0].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda c: c.grow(4), "cannot grow to 4"),
+        (lambda c: c.crop(3), "can be cropped to a shorter length"),
+        (lambda c: c.crop(-1), "crop to -1"),
+        (lambda c: c.crop(torch.tensor([1, 1])), "has 3 sequences"),
+        (lambda c: c.select([3]), "cache with 3"),
+        (lambda c: c.select([-1]), "cache with 3"),
+        (lambda c: c.select([]), "list of indices"),
+        (lambda c: c.reorder([0]), "1 indices"),
+        (lambda c: c.repeat(0), "0 times"),
+        (lambda c: KVCache.allocate([], 1, 1), "at least one slot"),
+        (lambda c: KVCache.allocate(SLOTS, 1, 0), "holds nothing"),
+    ],
+)
+def test_what_cannot_be_is_refused(action, message):
+    with pytest.raises(InvalidInput, match=message):
+        action(filled())

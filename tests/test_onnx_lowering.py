@@ -1,0 +1,280 @@
+"""Programs in ONNX Runtime against the same programs in PyTorch."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from skipstone.ir.capture.exported import export, source_of, to_program
+from skipstone.ir.capture.huggingface import capture_huggingface
+from skipstone.ir.dialect import attention, cached_attention
+from skipstone.ir.errors import InvalidInput, Unsupported
+from skipstone.ir.program import Program, Role
+from skipstone.passes.base import Pipeline
+from skipstone.passes.kv_cache import InsertKVCache
+from skipstone.runtime.cache import KVCache
+from skipstone.runtime.eager import EagerSession
+from skipstone.runtime.onnx.lower import lower
+from skipstone.runtime.onnx.session import OnnxSession
+from skipstone.runtime.session import Session
+
+VOCABULARY = 19
+ROLES = {
+    "input_ids": Role.TOKENS,
+    "position_ids": Role.POSITIONS,
+    "start": Role.START,
+    "logit_rows": Role.LOGIT_ROWS,
+    "logits": Role.LOGITS,
+    "key_0": Role.CACHE_KEY,
+    "value_0": Role.CACHE_VALUE,
+    "new_key_0": Role.CACHE_KEY,
+    "new_value_0": Role.CACHE_VALUE,
+}
+
+
+class OneAttention(nn.Module):
+    """Queries, keys and values looked up by token, one cached attention, a head."""
+
+    def __init__(self, heads=4, kv_heads=2, width=8, value_width=None, sinks=False, **options) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = heads, kv_heads, width
+        self.value_width = value_width or width
+        self.q = nn.Embedding(VOCABULARY, heads * width)
+        self.k = nn.Embedding(VOCABULARY, kv_heads * width)
+        self.v = nn.Embedding(VOCABULARY, kv_heads * self.value_width)
+        self.head = nn.Linear(heads * self.value_width, 33, bias=True)
+        self.sinks = nn.Parameter(torch.randn(heads)) if sinks else None
+        self.options = {"scale": 0.7, "kind": "causal", **options}
+
+    def forward(self, input_ids, position_ids, start, logit_rows, key_0, value_0):
+        shape = (*input_ids.shape, -1)
+        q = self.q(input_ids).reshape(*shape, self.width).transpose(1, 2)
+        k = self.k(input_ids).reshape(*shape, self.width).transpose(1, 2)
+        v = self.v(input_ids).reshape(*shape, self.value_width).transpose(1, 2)
+        q = q * (position_ids + 1).rsqrt()[:, None, :, None]
+        out, keys, values = cached_attention(q, k, v, key_0, value_0, start, None, self.sinks, **self.options)
+        out = out.transpose(1, 2).flatten(2)
+        out = out.gather(1, logit_rows.unsqueeze(-1).expand(-1, -1, out.shape[2]))
+        return self.head(out), keys, values
+
+
+def build(**options) -> Program:
+    torch.manual_seed(0)
+    model = OneAttention(**options).eval()
+    batch, rows, capacity, wanted = 3, 11, 64, 5
+    inputs = {
+        "input_ids": torch.zeros(batch, rows, dtype=torch.int64),
+        "position_ids": torch.zeros(batch, rows, dtype=torch.int64),
+        "start": torch.zeros(batch, dtype=torch.int64),
+        "logit_rows": torch.zeros(batch, wanted, dtype=torch.int64),
+        "key_0": torch.zeros(batch, model.kv_heads, capacity, model.width),
+        "value_0": torch.zeros(batch, model.kv_heads, capacity, model.value_width),
+    }
+    dynamic = {name: (0, 2) if "_0" in name else tuple(range(value.dim())) for name, value in inputs.items()}
+    names = ["logits", "new_key_0", "new_value_0"]
+    source = source_of(model, vocabulary=VOCABULARY, max_positions=None)
+    program = to_program(export(model, inputs, dynamic), source, ROLES, names)
+    return with_slots(program)
+
+
+def with_slots(program: Program) -> Program:
+    from dataclasses import replace
+
+    cache = (Role.CACHE_KEY, Role.CACHE_VALUE)
+    program.inputs = tuple(replace(port, slot=0) if port.role in cache else port for port in program.inputs)
+    program.outputs = tuple(replace(port, slot=0) if port.role in cache else port for port in program.outputs)
+    return program
+
+
+def operators(program: Program) -> list[str]:
+    return [node.op_type for node in onnx.load_from_string(lower(program).proto).graph.node]
+
+
+def assert_same_steps(program: Program, steps: list[tuple[int, list[int]]], capacity: int = 24, atol: float = 2e-6):
+    """Run steps of S tokens from ragged starts on both, and compare logits and written cache rows."""
+    reference, session = EagerSession(program), OnnxSession(program, 1)
+    assert isinstance(session, Session)
+    batch = len(steps[0][1])
+    caches = [KVCache.allocate(session.slots, batch, capacity) for _ in range(2)]
+    buffers = [*caches[1].keys, *caches[1].values]
+    for rows, starts in steps:
+        start = torch.tensor(starts)
+        tokens = torch.randint(0, VOCABULARY, (batch, rows))
+        positions = start.unsqueeze(1) + torch.arange(rows)
+        wanted = torch.arange(rows).flip(0).expand(batch, rows).contiguous()
+        expected, got = (
+            s.step(tokens, positions, start, wanted, c) for s, c in zip((reference, session), caches, strict=True)
+        )
+        torch.testing.assert_close(got, expected, atol=atol * float(expected.abs().max()), rtol=0)
+        for mine, theirs in zip([*caches[1].keys, *caches[1].values], [*caches[0].keys, *caches[0].values], strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+    assert all(mine is theirs for mine, theirs in zip(buffers, [*caches[1].keys, *caches[1].values], strict=True))
+
+
+STEPS = [(7, [0, 0]), (1, [7, 4]), (1, [8, 5]), (5, [9, 2]), (3, [0, 7]), (1, [14, 10]), (9, [15, 1])]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": 2, "kv_heads": 2},
+        {"heads": 4, "kv_heads": 2},
+        {"heads": 6, "kv_heads": 1, "width": 16},
+        {"width": 40},
+        {"width": 64},
+        {"kind": "sliding", "window": 1},
+        {"kind": "sliding", "window": 4},
+        {"kind": "sliding", "window": 100},
+        {"softcap": 2.0},
+        {"sinks": True},
+        {"sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3},
+    ],
+    ids=str,
+)
+def test_group_query_attention(options):
+    program = build(**options)
+    assert "GroupQueryAttention" in operators(program)
+    assert_same_steps(program, STEPS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 12},
+        {"width": 8, "value_width": 16},
+        {"kind": "chunked", "window": 4},
+        {"width": 20, "sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3},
+    ],
+    ids=str,
+)
+def test_attention_in_plain_operators(options):
+    program = build(**options)
+    assert "GroupQueryAttention" not in operators(program)
+    assert_same_steps(program, STEPS)
+
+
+def test_the_cache_may_grow_between_steps():
+    program = build()
+    reference, session = EagerSession(program), OnnxSession(program, 1)
+    caches = [KVCache.allocate(session.slots, 1, 4) for _ in range(2)]
+    rows = torch.tensor([[0]])
+    for position in range(9):
+        start = torch.tensor([position])
+        token = torch.tensor([[position % VOCABULARY]])
+        if position == 4:
+            for cache in caches:
+                cache.grow(16)
+        expected, got = (
+            s.step(token, start[None], start, rows, c) for s, c in zip((reference, session), caches, strict=True)
+        )
+        torch.testing.assert_close(got, expected)
+
+
+def test_logits_of_one_step_survive_the_next():
+    session = OnnxSession(build(), 1)
+    cache = KVCache.allocate(session.slots, 1, 8)
+    rows = torch.tensor([[0]])
+    first = session.step(torch.tensor([[3]]), rows, torch.tensor([0]), rows, cache)
+    kept = first.clone()
+    session.step(torch.tensor([[5]]), rows + 1, torch.tensor([1]), rows, cache)
+    assert torch.equal(first, kept)
+
+
+def test_a_step_beyond_the_cache_is_refused():
+    session = OnnxSession(build(), 1)
+    cache = KVCache.allocate(session.slots, 1, 4)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(InvalidInput, match="5 rows in a cache with room for 4"):
+        session.step(tokens, tokens, torch.tensor([2]), tokens, cache)
+    with pytest.raises(InvalidInput, match="2 sequences for a cache of 1"):
+        session.step(tokens.expand(2, 3), tokens.expand(2, 3), torch.tensor([0, 0]), tokens.expand(2, 3), cache)
+
+
+def llama(**options) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3, **options)).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+def test_a_language_model_with_a_cache(make):
+    model = make()
+    program = Pipeline([InsertKVCache()]).run(capture_huggingface(model))
+    assert_same_steps(program, STEPS, atol=1e-5)
+    lowered = lower(program)
+    own = {name: tensor.data_ptr() for name, tensor in program.tensors().items()}
+    assert all(own[name] == tensor.data_ptr() for name, tensor in lowered.tensors.items())
+    assert len(lowered.proto) < 300_000
+    domains = {node.domain for node in onnx.load_from_string(lowered.proto).graph.node}
+    assert domains <= {"", "com.microsoft"}
+
+
+@torch.no_grad()
+def test_a_language_model_without_a_cache():
+    model = llama(tie_word_embeddings=True)
+    session = OnnxSession(capture_huggingface(model))
+    for batch, rows in ((2, 7), (1, 1), (3, 16)):
+        tokens = torch.randint(0, VOCABULARY, (batch, rows))
+        positions = torch.arange(rows).expand(batch, rows).contiguous()
+        logits = session.run({"input_ids": tokens, "position_ids": positions})["logits"]
+        expected = model(tokens, position_ids=positions).logits
+        torch.testing.assert_close(logits, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+
+def program_of(model: nn.Module, *shape: int, dtype: torch.dtype = torch.float32) -> Program:
+    exported = export(model, {"x": torch.ones(shape, dtype=dtype)}, {"x": (0, 1)})
+    return to_program(exported, source_of(model, vocabulary=None, max_positions=None), {})
+
+
+def test_a_half_precision_program_is_refused():
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    with pytest.raises(Unsupported, match="bfloat16"):
+        lower(program_of(Half().eval(), 3, 11, 8, dtype=torch.bfloat16))
+
+
+def test_an_operator_that_onnx_lacks_is_named():
+    class Digamma(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.digamma(x)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Digamma()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x + 1)
+
+    with pytest.raises(Unsupported, match=r"digamma.*at part"):
+        lower(program_of(Outer().eval(), 3, 11))
+
+
+def test_attention_without_a_cache_keeps_its_mask():
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unsqueeze(1)
+            return attention(q, q, q, (x.sum(-1) > 0)[:, None, None, :], None, None, scale=0.5, kind="bidirectional")
+
+    program = program_of(Masked().eval(), 3, 11, 4)
+    x = torch.randn(2, 6, 4)
+    got = OnnxSession(program).run({"x": x})["output_0"]
+    torch.testing.assert_close(got, program.run(x=x)["output_0"], atol=1e-6, rtol=1e-5)
