@@ -2,7 +2,8 @@
 
 The model has the shape of a 110-million-parameter Llama (the input embedding not counted), random weights in float32;
 batch 1, a prompt of 128 tokens, 64 new ones. Every system runs with one and with two threads and counts with the better
-of the two (the optimized model, in a quick run, with two only). The floor is the time to read the weights that one token needs, at the bandwidth measured in the same run.
+of the two; the optimized model, in a quick run, with two only. The floor is the time to read the weights that one token
+needs, at the bandwidth measured in the same run.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ and no bias, gate, norm or sink keeps its neutral initial value: a mistake in an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+Model = TypeVar("Model", bound=nn.Module)
 
 VOCABULARY, POSITIONS, LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WINDOW, EXPERTS, TOP = 99, 128, 4, 64, 4, 2, 16, 8, 4, 2
 PAD, BOS, EOS = 0, 1, 2
@@ -228,14 +230,12 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).eval()
-    randomize(model, seed)
-    # Generated texts of the tests have a fixed length.
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = PAD
-    return model
+    # Without an end and without forced tokens, generated texts have a fixed length.
+    model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD, use_cache=model.config.use_cache)
+    return randomize(model, seed)
 
 
-def randomize(model: nn.Module, seed: int = 0) -> None:
+def randomize(model: Model, seed: int = 0) -> Model:
     """Move every trained tensor away from its initial value, keeping the structure that the architecture gave it."""
     generator = torch.Generator().manual_seed(seed)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -243,6 +243,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         if name not in frozen and tensor.is_floating_point():
             scale = 0.1 if tensor.dim() < 2 else INITIAL_GAIN * tensor.shape[-1] ** -0.5
             tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
+    return model
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,8 @@ from skipstone.ir.program import Program, module_path
 
 OPSET = 23
 MICROSOFT = "com.microsoft"
-WEIGHTS_FILE = "model.onnx.data"
+MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+PAGE = 4096
 EXTERNAL_FROM_BYTES = 1024
 """Tensors from this size on are external. Smaller ones stay in the model, where ONNX Runtime can fold them."""
 
@@ -68,14 +69,18 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
         Unsupported: a dtype that ONNX Runtime has no CPU kernels for, or an operator that ONNX has no form for.
     """
     _check_dtypes(program)
-    model = _to_onnx(_export(program))
-    names = [port.name for port in (*program.inputs, *program.outputs)]
-    for value, name in zip((*model.graph.inputs, *model.graph.outputs), names, strict=True):
-        value.name = name
+    exported = _export(program)
+    try:
+        model = _to_onnx(exported)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _refusal(error, program) from error
+    del exported
+    _name_ports(model, program)
     tensors = _externalize(model, program)
+    _keep_places_only(model)
     proto = ir.to_proto(model).SerializeToString()
     if directory is not None:
-        _save(model, tensors, directory)
+        _save(proto, tensors, directory)
     inputs, outputs = program.inputs, program.outputs
     return LoweredModel(proto, tensors, tuple(p.name for p in inputs), tuple(p.name for p in outputs))
 
@@ -85,7 +90,7 @@ def _check_dtypes(program: Program) -> None:
         if getattr(node.meta.get("val"), "dtype", None) in _NO_KERNELS:
             raise Unsupported(
                 f"{node.meta['val'].dtype} on ONNX Runtime's CPU provider",
-                where=module_path(node) or node.name,
+                where=_place(node),
                 hint="Convert the model to float32, or use target='eager'.",
             )
 
@@ -180,9 +185,9 @@ def _has_group_query_form(
     **_options: Any,
 ) -> bool:
     """Whether GroupQueryAttention computes exactly this `cached_attention`."""
-    width = q.shape[3]
-    same_dtype = {x.dtype for x in (q, k, v, k_cache, v_cache)} == {torch.float32}
-    return kind in (Kind.CAUSAL, Kind.SLIDING) and bias is None and width == v.shape[3] and width % 8 == 0 and same_dtype
+    one_width = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0
+    one_dtype = {x.dtype for x in (q, k, v, k_cache, v_cache)} == {torch.float32}
+    return kind in (Kind.CAUSAL, Kind.SLIDING) and bias is None and one_width and one_dtype
 
 
 class _Wrapper(nn.Module):
@@ -211,13 +216,9 @@ def _example(size: int | torch.SymInt) -> int:
 
 
 def _to_onnx(exported: ExportedProgram) -> ir.Model:
-    try:
-        with _quiet():
-            # Without torch.onnx's optimizer: it folds weights into new tensors; ONNX Runtime optimizes at loading.
-            onnx_program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise _refusal(error, exported) from error
-    return onnx_program.model
+    with _quiet():
+        # Without torch.onnx's optimizer: it folds weights into new tensors, and ONNX Runtime optimizes at loading.
+        return torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False).model
 
 
 @contextmanager
@@ -234,37 +235,79 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _refusal(error: BaseException, exported: ExportedProgram) -> Unsupported:
-    """Name the operator and the module that torch.onnx could not convert."""
+def _refusal(error: BaseException, program: Program) -> Unsupported:
+    """Name the operator that torch.onnx could not convert, and the first module that it stands in."""
+    hint = "Use target='eager'."
     cause: BaseException | None = error
     while cause is not None:
-        if found := re.search(r"translating node %(\w+)", str(cause)):
-            node = next((node for node in exported.graph.nodes if node.name == found[1]), None)
-            if node is not None:
-                place = module_path(node).removeprefix(_ROOT).removeprefix(".") or node.name
-                return Unsupported(f"operator {node.target} in ONNX", where=place, hint="Use target='eager'.")
+        if found := re.search(r"translating node .* = call_function\[target=torch\.ops\.\w+\.(\w+)", str(cause)):
+            # torch.onnx decomposes the graph first: its nodes are others, but the operators keep their names.
+            same = (node for node in program.nodes() if found[1] in str(node.target))
+            return Unsupported(f"operator {found[1]} in ONNX", where=_place(next(same, None)), hint=hint)
         cause = cause.__cause__
-    return Unsupported(f"conversion to ONNX ({str(error).splitlines()[0]})", hint="Use target='eager'.")
+    return Unsupported(f"conversion to ONNX ({str(error).splitlines()[0]})", hint=hint)
+
+
+def _place(node: fx.Node | None) -> str:
+    return "" if node is None else module_path(node) or node.name
+
+
+def _name_ports(model: ir.Model, program: Program) -> None:
+    """Call inputs and outputs by their port names, which no other value may have then."""
+    graph, ports = model.graph, [port.name for port in (*program.inputs, *program.outputs)]
+    for value in [value for node in graph for value in node.outputs if value.name in ports]:
+        value.name = f"{value.name}_inside"
+    for index, value in enumerate(graph.outputs):
+        if value.producer() is None or value in graph.outputs[:index]:
+            # An input that is returned, or one value returned twice: each output needs a value of its own.
+            graph.append(copy := ir.Node("", "Identity", [value]))
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            graph.outputs[index] = copy.outputs[0]
+    for value, name in zip((*graph.inputs, *graph.outputs), ports, strict=True):
+        value.name = name
+
+
+def _keep_places_only(model: ir.Model) -> None:
+    """Drop what torch.onnx notes down beside the module path of each node: stack traces and signatures, mostly."""
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        place = node.metadata_props.get("namespace")
+        node.metadata_props.clear()
+        if place is not None:
+            node.metadata_props["namespace"] = place
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _externalize(model: ir.Model, program: Program) -> dict[str, Tensor]:
     """Give initializers their program names, and turn large ones into external data."""
-    tensors: dict[str, Tensor] = {}
     own = program.tensors()
+    ports = {port.name for port in (*program.inputs, *program.outputs)}
+    tensors: dict[str, Tensor] = {}
+    offset = 0
     for initializer in list(model.graph.initializers.values()):
-        name = str(initializer.name).removeprefix(f"{_ROOT}.")
+        original = str(initializer.name).removeprefix(f"{_ROOT}.")
+        name = str(initializer.name) if original in ports else original
         content = initializer.const_value
         initializer.name = name
         if content is None or content.nbytes < EXTERNAL_FROM_BYTES:
             continue
-        tensors[name] = own[name] if name in own else torch.from_numpy(content.numpy())
-        if not tensors[name].is_contiguous():
-            tensors[name] = tensors[name].contiguous()
+        tensor = own[original] if original in own else torch.from_numpy(content.numpy())
+        tensors[name] = tensor.detach().contiguous()
         initializer.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, 0, content.nbytes, content.dtype, name=name, shape=content.shape
+            WEIGHTS_FILE, offset, content.nbytes, content.dtype, name=name, shape=content.shape
         )
+        offset += -(-content.nbytes // PAGE) * PAGE  # page-aligned, so that the file can be mapped
     return tensors
 
 
-def _save(model: ir.Model, tensors: dict[str, Tensor], directory: Path) -> None:
-    raise NotImplementedError
+def _save(proto: bytes, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Write the model and its external data; `_externalize` has given each tensor its place in that file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / WEIGHTS_FILE, "wb") as file:
+        for tensor in tensors.values():
+            file.write(tensor.numpy().data)
+            file.write(bytes(-tensor.nbytes % PAGE))
+    (directory / MODEL_FILE).write_bytes(proto)

@@ -1,0 +1,172 @@
+"""Captured programs equal their models, and capturing leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
+
+from skipstone.ir.capture import huggingface
+from skipstone.ir.capture.huggingface import capture_huggingface
+from skipstone.ir.capture.module import capture_module
+from skipstone.ir.capture.validate import relative_difference
+from skipstone.ir.dialect import ATTENTION
+from skipstone.ir.errors import InvalidInput, Unsupported, UserError
+from skipstone.ir.program import Role, module_path
+from tests import models
+
+KINDS = {
+    "llama": ["causal"] * 3,
+    "gpt2": ["causal"] * 3,
+    "gemma2": ["sliding", "causal", "sliding"],
+    "gpt_neox": ["causal"] * 3,
+    "mixtral": ["sliding"] * 3,
+    "gpt_oss": ["sliding", "causal", "sliding"],
+    "llama4": ["chunked", "chunked", "causal"],
+}
+
+
+@pytest.mark.parametrize("name", models.CAUSAL)
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 31)])
+def test_logits_equal_the_model(name: str, batch: int, length: int) -> None:
+    tokens = models.tokens(batch, length)
+    positions = torch.arange(length).repeat(batch, 1)
+    with torch.no_grad():
+        expected = models.model(name)(input_ids=tokens, use_cache=False).logits
+        actual = models.program(name).run(input_ids=tokens, position_ids=positions)["logits"]
+    assert relative_difference(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", models.CAUSAL)
+def test_each_attention_is_one_node_of_its_kind_with_heads_unexpanded(name: str) -> None:
+    program = models.program(name)
+    nodes = list(program.nodes(ATTENTION))
+    assert [node.kwargs["kind"] for node in nodes] == KINDS[name]
+    assert [node.kwargs["slot"] for node in nodes] == [0, 1, 2]
+    heads = 4 if name in ("gpt2", "gpt_neox") else 2
+    assert {node.args[1].meta["val"].shape[1] for node in nodes} == {heads}  # type: ignore[union-attr]
+    assert all(node.args[3:5] in ((), (None, None)) for node in nodes), "a causal program needs no mask"
+    assert len({module_path(node) for node in nodes}) == 3
+
+
+def test_an_encoder_keeps_its_padding_mask() -> None:
+    program, model = models.program("bert"), models.model("bert")
+    tokens = models.tokens(2, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, 6:] = 0
+    assert program.input(Role.PADDING) is not None
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        actual = program.run(input_ids=tokens, attention_mask=mask)["last_hidden_state"]
+    assert relative_difference(actual[0], expected[0]) < 1e-5
+    assert relative_difference(actual[1, :6], expected[1, :6]) < 1e-5
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = models.model("gemma2")
+    before = (copy.deepcopy(model.config.to_dict()), model.config._attn_implementation, model.training)
+    weights = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
+    capture_huggingface(model)
+    assert (model.config.to_dict(), model.config._attn_implementation, model.training) == before
+    assert {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()} == weights
+    assert huggingface.NAME not in AttentionInterface._global_mapping
+    assert huggingface.NAME not in AttentionMaskInterface._global_mapping
+
+
+def test_the_model_is_left_as_it_was_when_capture_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.model("llama")
+    implementation = model.config._attn_implementation
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(huggingface, "export", fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        capture_huggingface(model)
+    assert model.config._attn_implementation == implementation
+    assert huggingface.NAME not in AttentionInterface._global_mapping
+
+
+def test_tensors_alias_the_model() -> None:
+    model = models.model("llama")
+    tensors = models.program("llama").tensors()
+    for name, parameter in model.named_parameters():
+        assert tensors[name].data_ptr() == parameter.data_ptr(), name
+
+
+def test_a_program_copy_is_its_own() -> None:
+    program = models.program("llama")
+    copied = program.copy()
+    before = len(list(program.nodes()))
+    copied.output_node().args = ((),)
+    copied.recompile()
+    assert not list(copied.nodes())
+    assert len(list(program.nodes())) == before
+
+
+class Scaled(nn.Module):
+    """Causal attention by `scaled_dot_product_attention`, two outputs in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+        return {"mixed": out.transpose(1, 2).flatten(2), "input": x}
+
+
+def test_scaled_dot_product_attention_becomes_the_dialect_operator() -> None:
+    module = Scaled().eval()
+    program = capture_module(module, {"x": torch.randn(2, 5, 16)})
+    (node,) = program.nodes(ATTENTION)
+    assert (node.kwargs["kind"], node.kwargs["scale"]) == ("causal", 0.3)
+    x = torch.randn(3, 11, 16)
+    torch.testing.assert_close(program.run(x=x)["mixed"], module(x)["mixed"])
+    assert [port.name for port in program.outputs] == ["mixed", "input"]
+
+
+class Branching(nn.Module):
+    """Control flow on a tensor's value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+class Counting(nn.Module):
+    """State written during the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_what_cannot_be_traced_is_refused_with_a_reason() -> None:
+    with pytest.raises(Unsupported, match="control flow"):
+        capture_module(Branching().eval(), {"x": torch.ones(2, 3)})
+    with pytest.raises(Unsupported, match="writes to calls"):
+        capture_module(Counting().eval(), {"x": torch.ones(2, 3)})
+
+
+def test_bad_models_and_examples_are_user_errors() -> None:
+    llama = models.model("llama")
+    with pytest.raises(UserError, match="training mode"):
+        capture_huggingface(LlamaForCausalLM(llama.config).train())
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(llama.config).eval()
+    with pytest.raises(UserError, match="meta device"):
+        capture_huggingface(empty)
+    with pytest.raises(UserError, match=r"torch\.nn\.Module"):
+        capture_huggingface("llama")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="do not fit"):
+        capture_module(Scaled().eval(), {"y": torch.ones(2, 3, 16)})
+    with pytest.raises(InvalidInput, match="fails on the example"):
+        capture_module(Scaled().eval(), {"x": torch.ones(2, 3, 5)})
