@@ -1,7 +1,7 @@
 """The dialect: the `skipstone::` operators that programs use beside ATen.
 
-Each operator is a `torch.library.custom_op` with an explicit fake and a plain-PyTorch body. That body is at once the CPU
-kernel, the test oracle and the specification. Programs are functional: no operator writes to its arguments.
+Each operator is a `torch.library.custom_op` with an explicit fake and a plain-PyTorch body. That body is at once the
+CPU kernel, the test oracle and the specification. Programs are functional: no operator writes to its arguments.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Kind(StrEnum):
 
 
 def visible(kind: str, window: int, queries: Tensor, keys: Tensor) -> Tensor | None:
-    """The boolean pattern of `kind` (see `Kind`) for integer positions that broadcast; None when all keys are visible."""
+    """The boolean pattern of `kind` for integer positions that broadcast; None when all keys are visible."""
     match Kind(kind):
         case Kind.CAUSAL:
             return keys <= queries

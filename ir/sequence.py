@@ -29,23 +29,28 @@ CACHEABLE = (Kind.CAUSAL, Kind.SLIDING, Kind.CHUNKED)
 
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _MOVES = (
-    aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.expand.default, aten.t.default, aten.unsqueeze_.default, aten.clone.default, aten.contiguous.default,
-    aten._to_copy.default, aten.to.dtype, aten.alias.default, aten.detach.default, aten.dropout.default,
-    aten.repeat.default, aten.view_as_complex.default, aten.view_as_real.default, aten.expand_as.default, aten.type_as.default, aten.broadcast_to.default, aten.squeeze.default, aten.constant_pad_nd.default,
+    aten.transpose.int, aten.permute.default, aten.t.default, aten.unsqueeze.default, aten.squeeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.expand_as.default, aten.broadcast_to.default,
+    aten.repeat.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default,
+    aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.dropout.default, aten.constant_pad_nd.default,
+    aten.view_as_complex.default, aten.view_as_real.default,
 )  # fmt: skip
-_ELEMENTWISE = (aten.polar.default, aten.complex.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf,
-                aten.relu6.default, aten.softplus.default, aten.mish.default, aten.hardswish.default)  # fmt: skip
+_ELEMENTWISE = (
+    aten.polar.default, aten.complex.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.relu6.default, aten.softplus.default, aten.mish.default,
+    aten.hardswish.default,
+)  # fmt: skip
 _CONSTANTS = (
     aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.full.default, aten.ones.default,
-    aten.zeros.default, aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.scalar_tensor.default,
-    aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format,
+    aten.zeros.default, aten.new_ones.default, aten.new_zeros.default, aten.new_full.default,
+    aten.scalar_tensor.default, aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format,
 )  # fmt: skip
 _ALONG_DIM: dict[Any, int] = {  # operators that work along the dimension(s) in this argument
     aten.softmax.int: 1, aten._softmax.default: 1, aten.log_softmax.int: 1, aten.mean.dim: 1, aten.sum.dim_IntList: 1,
     aten.amax.default: 1, aten.amin.default: 1, aten.max.dim: 1, aten.min.dim: 1, aten.argmax.default: 1,
     aten.var.correction: 1, aten.var.dim: 1, aten.std.correction: 1, aten.linalg_vector_norm.default: 2,
-    aten.norm.ScalarOpt_dim: 2, aten.cumsum.default: 1, aten.cumprod.default: 1, aten.sort.default: 1, aten.sort.stable: 2,
+    aten.norm.ScalarOpt_dim: 2, aten.cumsum.default: 1, aten.cumprod.default: 1, aten.sort.default: 1,
+    aten.sort.stable: 2,
     aten.topk.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2,
     aten.unbind.int: 1, aten.select.int: 1, aten.gather.default: 1, aten.scatter.src: 1, aten.scatter.value: 1,
     aten.flip.default: 1, aten.index_select.default: 1, aten.glu.default: 1, aten.logsumexp.default: 1,
@@ -197,6 +202,10 @@ class _Analysis:
             padded = range(source.meta["val"].ndim - len(node.args[1]) // 2, source.meta["val"].ndim)  # type: ignore
             return f"{_name(node)} pads the sequence" if set(padded) & set(self._axes(source)) else ""
         source = node.args[0]
+        if node.target is aten.repeat.default:
+            times: Any = node.args[1]
+            times = times[len(times) - source.meta["val"].ndim :]  # type: ignore[union-attr]
+            return f"{_name(node)} repeats the sequence" if any(times[a] != 1 for a in self._axes(source)) else ""
         if node.target in _RESHAPES and self._axes(source) and not self._axes(node):
             return f"{_name(node)} folds the sequence away"
         for axis in self._axes(node):

@@ -1,17 +1,17 @@
 """The residual stream: layers and sublayers, found from the graph alone.
 
-A sublayer is ``stream' = skip(stream) + branch(stream)``. Everything that reaches the output passes through each value of
-the stream, so the stream's additions are exactly the additions that dominate the output and of which one operand
+A sublayer is ``stream' = skip(stream) + branch(stream)``. Everything that reaches the output passes through each value
+of the stream, so the stream's additions are exactly the additions that dominate the output and of which one operand
 dominates the others. Dominators are those of the activation graph: what depends on the tokens (or embeddings).
 """
 
 from __future__ import annotations
 
 import operator
-import os.path
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import takewhile
 from typing import Any
 
 import networkx as nx
@@ -304,7 +304,12 @@ def _path(nodes: set[fx.Node], kind: SublayerKind) -> str:
         return attention[0]
     paths = [module_path(node) for node in nodes if node.target in _PRODUCTS] or [module_path(n) for n in nodes]
     parts = [path.split(".") for path in paths if path]
-    return ".".join(os.path.commonprefix(parts)) if parts else ""
+    return ".".join(_common_prefix(parts))
+
+
+def _common_prefix(parts: list[list[str]]) -> list[str]:
+    """The elements that all lists start with."""
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))]
 
 
 def _parameters(nodes: set[fx.Node]) -> tuple[str, ...]:

@@ -101,7 +101,9 @@ class Pipeline:
     def __post_init__(self) -> None:
         names = [each.name for each in self.passes]
         if self.stop_after is not None and self.stop_after not in names:
-            raise InvalidPlan(f"stop_after names no pass of this pipeline: {self.stop_after!r}.", hint=f"It has {names}.")
+            raise InvalidPlan(
+                f"stop_after names no pass of this pipeline: {self.stop_after!r}.", hint=f"It has {names}."
+            )
 
     def run(self, program: Program) -> Program:
         """The rewritten program; the one given is left as it was.

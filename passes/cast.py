@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch.fx.node import map_aggregate
 
 from skipstone.ir.errors import InternalError
 from skipstone.ir.program import Program, propagate
@@ -41,8 +41,8 @@ class CastToFloat32(Pass):
             elif node.op == "placeholder" and getattr(node.meta["val"], "dtype", None) in _HALVES:
                 node.meta["val"] = node.meta["val"].to(torch.float32)
             elif node.op == "call_function":
-                node.args = fx.map_aggregate(node.args, _widen)  # type: ignore[assignment]
-                node.kwargs = fx.map_aggregate(node.kwargs, _widen)  # type: ignore[assignment]
+                node.args = map_aggregate(node.args, _widen)  # type: ignore[assignment]
+                node.kwargs = map_aggregate(node.kwargs, _widen)  # type: ignore[assignment]
         if not converted:
             return [self.missed("model", "no half-precision tensors")]
         program.source = replace(program.source, dtype=torch.float32)

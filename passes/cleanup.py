@@ -14,7 +14,13 @@ from skipstone.passes.base import Pass, Remark
 
 aten = torch.ops.aten
 
-_COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+_COPIES = (
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+)
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 
 
@@ -67,7 +73,7 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         same = node.args[2] is False
     elif node.target is aten.slice.Tensor:
         start, end = (*node.args[2:4], None, None)[:2]
-        same = start in (None, 0) and (end is None or end == sys.maxsize) and len(node.args) < 5
+        same = start in (None, 0) and end in (None, sys.maxsize) and len(node.args) < 5
     elif node.target in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor):
         neutral = 1 if node.target in (aten.mul.Tensor, aten.div.Tensor) else 0
         other = node.args[1]

@@ -30,9 +30,9 @@ class EagerSession:
         check_cache(self.slots, tokens, start, cache)
         values = step_inputs(self.program, tokens, positions, start, logit_rows)
         buffers = {Role.CACHE_KEY: cache.keys, Role.CACHE_VALUE: cache.values}
-        values |= {port.name: buffers[port.role][port.slot] for port in self.program.inputs if port.role in buffers}
+        values |= {port.name: buffers[port.role][port.slot] for port in self.program.inputs if port.slot is not None}
         outputs = self.program.run(**values)
         for port in self.program.outputs:
-            if port.role in buffers:  # the graph is functional: it returned new buffers, which take the old one's place
+            if port.slot is not None:  # the graph is functional: new buffers take the place of the old ones
                 buffers[port.role][port.slot] = outputs[port.name]
         return next(outputs[port.name] for port in self.program.outputs if port.role == Role.LOGITS)

@@ -15,8 +15,8 @@ from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.cost import cost, evaluate
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
-from skipstone.ir.program import Program, Record
 from skipstone.ir.printer import readable
+from skipstone.ir.program import Program, Record
 from skipstone.ir.stream import SublayerKind, find_stream
 from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32

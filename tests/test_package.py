@@ -111,7 +111,8 @@ def test_rooms_import_only_what_they_may(source: str) -> None:
     ],
 )
 def test_a_forbidden_import_is_found(source: str, code: str, forbidden: str) -> None:
-    assert violations(source, f"import os.path\nimport torch.fx\nfrom skipstone.ir import errors\n{code}\n") == [forbidden]
+    harmless = "import os.path\nimport torch.fx\nfrom skipstone.ir import errors"
+    assert violations(source, f"{harmless}\n{code}\n") == [forbidden]
 
 
 @pytest.mark.parametrize(("source", "package"), EXCEPTIONS.items())
@@ -181,7 +182,7 @@ def test_errors_are_all_public() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy, because a build leaves files behind, and takes along what an earlier one left."""
+    """A wheel built from a copy: a build leaves files in its folder, and packs those that an earlier one left."""
     folder = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.safetensors")
     copy = shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=ignored)
@@ -196,7 +197,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wheel_holds_every_room_as_real_files_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         entries = {entry.filename: entry for entry in archive.infolist() if ".dist-info/" not in entry.filename}
-        expected = {f"{module_of(each).replace('.', '/')}": each for each in sources()}
+        expected = {module_of(each).replace(".", "/"): each for each in sources()}
         packed = {name.removesuffix(".py").removesuffix("/__init__"): name for name in entries if name.endswith(".py")}
         assert packed.keys() == expected.keys()
         for module, name in packed.items():

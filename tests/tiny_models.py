@@ -16,7 +16,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 Model = TypeVar("Model", bound=nn.Module)
 
-VOCABULARY, POSITIONS, LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WINDOW, EXPERTS, TOP = 99, 128, 4, 64, 4, 2, 16, 8, 4, 2
+VOCABULARY, POSITIONS, LAYERS, HIDDEN, WINDOW = 99, 128, 4, 64, 8
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+EXPERTS, TOP = 4, 2
 PAD, BOS, EOS = 0, 1, 2
 FIRST_WORD = 3
 """Token ids from here on are ordinary words."""
@@ -39,14 +41,18 @@ SIZES: Mapping[str, Any] = {
     **_named(LAYERS, "encoder_layers num_encoder_layers"),
     **_named(HIDDEN, "hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim"),
     **_named(HIDDEN, "attention_hidden_size input_embedding_size output_embedding_size lru_width attention_dim"),
-    **_named(96, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff dim_ff d_inner n_inner"),
+    **_named(
+        96, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff dim_ff d_inner n_inner"
+    ),
     **_named(96, "feed_forward_size dense_intermediate_size shared_intermediate_size intermediate_size_mlp"),
     **_named(32, "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size"),
     **_named(32, "expert_ffn_hidden_size moe_shared_expert_intermediate_size hidden_size_per_layer_input"),
     **_named(HEADS, "num_attention_heads n_head n_heads num_heads attention_heads swa_num_attention_heads"),
     **_named(HEADS, "decoder_attention_heads encoder_attention_heads num_decoder_attention_heads"),
     **_named(HEADS, "num_encoder_attention_heads linear_num_heads linear_num_value_heads"),
-    **_named(KV_HEADS, "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups linear_num_key_heads"),
+    **_named(
+        KV_HEADS, "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups linear_num_key_heads"
+    ),
     **_named(HEAD_DIM, "head_dim swa_head_dim dim_head d_head kv_channels v_head_dim attention_head_size"),
     **_named(HEAD_DIM, "linear_head_dim linear_key_head_dim linear_value_head_dim query_pre_attn_scalar"),
     **_named(HEAD_DIM, "qk_rope_head_dim qk_nope_head_dim attention_head_dim index_head_dim"),
@@ -105,8 +111,9 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         **SMALL_VISION, "adapter_input_size": 32, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 8,
     },
     "dots3_note_text": {
-        "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
-        "swa_head_dim": 2 * HEAD_DIM, "swa_qk_nope_head_dim": HEAD_DIM, "swa_v_head_dim": HEAD_DIM,
+        "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32, "swa_head_dim": 2 * HEAD_DIM, "swa_qk_nope_head_dim": HEAD_DIM,
+        "swa_v_head_dim": HEAD_DIM,
     },
     "dots3_note_vision_encoder": {
         **SMALL_VISION, "adapter_in_dim": 32, "adapter_out_dim": HIDDEN, "mlp_layer_types": ["dense"],
@@ -182,7 +189,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         f"{model_type}:decoder": DECODER
         for model_type in (
             "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+            "xmod",
         )
     },
     "bloom:post": {"apply_residual_connection_post_layernorm": True},
@@ -212,7 +220,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "stablelm:parallel": {"use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True},
     "xlm:causal": {"causal": True},
 }  # fmt: skip
-"""``model type:word`` -> a configuration that real checkpoints have, and that computes something else than the default."""
+"""``model type:word`` -> a configuration that checkpoints have, and that computes something else than the default."""
 
 
 def tiny_config(name: str) -> PretrainedConfig:
@@ -231,7 +239,7 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).eval()
     # Without an end and without forced tokens, generated texts have a fixed length.
-    model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD, use_cache=model.config.use_cache)
+    model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD)
     return randomize(model, seed)
 
 

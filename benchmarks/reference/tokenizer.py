@@ -12,7 +12,11 @@ BEGIN, END, PADDING = 256, 257, 258
 
 
 def build() -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers wants it; `save_pretrained` puts it beside the checkpoint."""
+    """The tokenizer as transformers wants it; `save_pretrained` puts it beside the checkpoint.
+
+    It puts the begin token before a text, as in training, unless `add_special_tokens=False`. The names of special tokens
+    that occur in a text are bytes like any others, so that the ids of a text are exactly those of `encode`.
+    """
     # The byte-level alphabet writes each byte as one printable character; without merges that character is the token.
     alphabet = {symbol: byte for byte, symbol in _byte_symbols().items()}
     special = {"<s>": BEGIN, "</s>": END, "<pad>": PADDING}
@@ -25,6 +29,8 @@ def build() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         padding_side="left",
+        add_bos_token=True,
+        split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )

@@ -55,7 +55,9 @@ def config(layers: int = 12, width: int = 128) -> LlamaConfig:
 
 def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW for embeddings and gains."""
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    hidden = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name
+    ]
     kept = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in kept]
     return [
@@ -117,12 +119,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--out", type=Path, default=HERE / "stdlib-llama")
     parser.add_argument("--work", type=Path, default=Path("build/reference"))
+    parser.add_argument("--device", default="auto", help="a torch device; auto takes a GPU when there is one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stop-after", type=int, help="interrupt this call after so many steps")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if options.device == "auto" else options.device)
     model = LlamaForCausalLM(config(options.layers, options.width)).to(device)
     model.train()
     steppers, generator, progress = optimizers(model, options.rate), torch.Generator().manual_seed(0), Progress()

@@ -30,7 +30,9 @@ def recognise_attention(program: Program) -> int:
         q, k, v, mask, bias, options = match
         cross = _length(q) != _length(k)
         with provenance(program, "capture", like=node), program.graph.inserting_before(node):
-            new = program.graph.call_function(ATTENTION, (q, k, v, mask, bias), {**options, "slot": -1 if cross else found})
+            new = program.graph.call_function(
+                ATTENTION, (q, k, v, mask, bias), {**options, "slot": -1 if cross else found}
+            )
         new.meta["val"] = fake_value(new)
         node.replace_all_uses_with(new)
         found += 0 if cross else 1
@@ -50,7 +52,7 @@ def _from_sdpa(node: fx.Node) -> Match | None:
     scale = arguments.get("scale")
     kind = Kind.CAUSAL if arguments.get("is_causal") else Kind.EXPLICIT if mask is not None else Kind.BIDIRECTIONAL
     options = {
-        "scale": float(scale if scale is not None else int(q.meta["val"].shape[-1]) ** -0.5),  # type: ignore[union-attr]
+        "scale": float(scale) if isinstance(scale, int | float) else int(q.meta["val"].shape[-1]) ** -0.5,  # type: ignore
         "kind": str(kind),
     }
     boolean = mask is not None and mask.meta["val"].dtype == torch.bool  # type: ignore[union-attr]

@@ -33,7 +33,7 @@ _CHECKS = {
 """Nodes that compute nothing: what they assert was checked while tracing, and `compare` checks it again."""
 
 
-_CANONICAL = {
+_CANONICAL: dict[Any, Any] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
 }
@@ -148,7 +148,10 @@ def export(wrapper: nn.Module, inputs: Mapping[str, Tensor], dynamic: Mapping[st
             where=_user_frame(error),
             hint="Replace the Python branch by torch.where or torch.cond, or remove .item() calls.",
         ) from error
-    except (torch._dynamo.exc.TorchDynamoException, torch._subclasses.fake_tensor.DataDependentOutputException) as error:
+    except (
+        torch._dynamo.exc.TorchDynamoException,
+        torch._subclasses.fake_tensor.DataDependentOutputException,
+    ) as error:
         raise Unsupported(f"tracing ({_first_line(error)})", where=_user_frame(error)) from error
 
 
@@ -183,8 +186,7 @@ def to_program(
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise Unsupported(
-                f"a forward pass that writes to {spec.target or 'its inputs'}",
-                where=_strip(str(spec.target or "")),
+                f"a forward pass that writes to {_strip(str(spec.target or 'its inputs'))}",
                 hint="Its state would leak between calls; move the state into inputs and outputs.",
             )
     graph, tensors = fx.Graph(), {}

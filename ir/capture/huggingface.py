@@ -30,10 +30,15 @@ NAME = "skipstone"
 """The name under which the seam registers its functions with transformers."""
 
 IGNORED = frozenset(
-    # What modules pass along for other back ends (flash attention, paged caches) and for outputs that are not asked for.
-    """dropout position_ids cache_position sliding_window use_cache output_attentions output_hidden_states return_dict
-    layer_idx cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k deterministic training position_embeddings
-    num_items_in_batch logits_to_keep output_router_logits use_top_left_mask attention_mask past_key_values""".split()
+    {
+        # asked of other back ends: flash attention, paged caches
+        *("cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "max_length_k", "max_length_q"),
+        *("position_embeddings", "position_ids", "sliding_window", "use_top_left_mask"),
+        # asked of the model, and passed on
+        *("attention_mask", "layer_idx", "logits_to_keep", "num_items_in_batch", "output_attentions"),
+        *("output_hidden_states", "output_router_logits", "past_key_values", "return_dict", "training", "use_cache"),
+        "dropout",  # refused beforehand unless it is zero
+    }
 )
 """Keyword arguments of attention calls that do not change what eager attention computes."""
 
@@ -107,8 +112,9 @@ class _Seam:
         for name, argument in arguments.items():
             if name not in IGNORED and isinstance(argument, Tensor | float | int) and not isinstance(argument, bool):
                 raise Unsupported(f"attention argument {name!r}", where=where, hint="Its meaning is not known here.")
-        cross = getattr(module, "is_cross_attention", False) or key.shape[2] is not query.shape[2] and bool(
-            torch.fx.experimental.symbolic_shapes.guard_or_true(key.shape[2] != query.shape[2])
+        cross = getattr(module, "is_cross_attention", False) or (
+            key.shape[2] is not query.shape[2]
+            and bool(torch.fx.experimental.symbolic_shapes.guard_or_true(key.shape[2] != query.shape[2]))
         )
         kind, window, mask = (Kind.CAUSAL if causal and not cross else Kind.BIDIRECTIONAL), 0, None
         mark = self.marks.get(id(attention_mask))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import sympy
 import torch
 from torch import Tensor, nn
 
 from skipstone.ir.errors import Unsupported
-from skipstone.ir.program import Program
+from skipstone.ir.program import Program, Role
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference allowed, as a share of the output's range. Half precisions differ by their own rounding."""
@@ -25,7 +26,7 @@ def compare(program: Program, model: nn.Module, inputs: Mapping[str, Tensor]) ->
     """
     limit = program.source.max_positions or SIZES[1][1]
     for batch, length in SIZES:
-        sample = {name: _resize(value, batch, min(length, limit), program) for name, value in inputs.items()}
+        sample = _resized(program, inputs, batch, min(length, limit))
         with torch.no_grad():
             expected = model(**sample)
             actual = program.run(**{port.name: sample[port.name] for port in program.inputs})
@@ -53,17 +54,24 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return float("inf") if difference.isnan() else float(difference)
 
 
-def _resize(value: Tensor, batch: int, length: int, program: Program) -> Tensor:
-    """The example at another batch and sequence size where those axes are dynamic: rows wrap around, positions go on."""
-    name = next((port.name for port in program.inputs if value.ndim and port.name), "")
-    del name
-    if value.ndim >= 1:
-        value = value[torch.arange(batch) % value.shape[0]]
-    if value.ndim >= 2:
-        index = torch.arange(length)
-        if not value.is_floating_point() and value.ndim == 2 and torch.equal(
-            value[0], torch.arange(value.shape[1], device=value.device)
-        ):
-            return index.to(value.device).repeat(batch, 1)
-        value = value[:, index % value.shape[1]]
-    return value.contiguous()
+def _resized(program: Program, inputs: Mapping[str, Tensor], batch: int, length: int) -> dict[str, Tensor]:
+    """The example at another size: dynamic axes wrap around or are cut, and positions go on.
+
+    The symbol of the first axis of all is the batch; every other symbol is a length.
+    """
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    sizes: dict[sympy.Symbol, int] = {}
+    sample = dict(inputs)
+    for port, node in zip(program.inputs, placeholders, strict=True):
+        value = inputs[port.name]
+        for axis, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, int):
+                continue
+            for symbol in size.node.expr.free_symbols:
+                sizes.setdefault(symbol, length if sizes or axis else batch)
+            wanted = int(size.node.expr.subs(sizes))
+            value = value.index_select(axis, torch.arange(wanted, device=value.device) % value.shape[axis])
+        if port.role is Role.POSITIONS:
+            value = torch.arange(value.shape[-1], device=value.device).expand_as(value)
+        sample[port.name] = value.contiguous()
+    return sample

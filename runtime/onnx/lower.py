@@ -29,7 +29,7 @@ from skipstone.ir.dialect import (
     attention_reference,
     cached_attention_reference,
 )
-from skipstone.ir.errors import Unsupported
+from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.program import Program, module_path
 
 OPSET = 23
@@ -141,7 +141,7 @@ class _OnnxForms(fx.Interpreter):
             self.lengths[start] = last.to(torch.int32), total, torch.full_like(start, rows, dtype=torch.int32)
         last, total, count = self.lengths[start]
         flat = [x.transpose(1, 2).reshape(batch, rows, x.shape[1] * width) for x in (q, k, v)]
-        attributes = {"num_heads": heads, "kv_num_heads": k.shape[1], "scale": scale, "do_rotary": 0}
+        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": k.shape[1], "scale": scale, "do_rotary": 0}
         if kind == Kind.SLIDING:
             attributes["local_window_size"] = window
         if softcap > 0:
@@ -218,7 +218,10 @@ def _example(size: int | torch.SymInt) -> int:
 def _to_onnx(exported: ExportedProgram) -> ir.Model:
     with _quiet():
         # Without torch.onnx's optimizer: it folds weights into new tensors, and ONNX Runtime optimizes at loading.
-        return torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False).model
+        converted = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    if converted is None:
+        raise InternalError("torch.onnx.export returned nothing")
+    return converted.model
 
 
 @contextmanager

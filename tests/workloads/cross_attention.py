@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from tests.tiny_models import randomize
 from tests.workloads.layers import (
-    BATCH, LAYERS, MEMORY, SEQUENCE, VOCABULARY, WIDTH, Attention, FeedForward, generator,
+    BATCH,
+    LAYERS,
+    MEMORY,
+    SEQUENCE,
+    VOCABULARY,
+    WIDTH,
+    Attention,
+    FeedForward,
+    generator,
 )  # fmt: skip
 
 

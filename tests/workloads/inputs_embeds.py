@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from tests.tiny_models import randomize
 from tests.workloads.layers import (
-    BATCH, LAYERS, SEQUENCE, VOCABULARY, WIDTH, Attention, FeedForward, generator,
+    BATCH,
+    LAYERS,
+    SEQUENCE,
+    VOCABULARY,
+    WIDTH,
+    Attention,
+    FeedForward,
+    generator,
 )  # fmt: skip
 
 

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from tests.tiny_models import randomize
 from tests.workloads.layers import (
-    BATCH, HEADS, LAYERS, SEQUENCE, VOCABULARY, WIDTH, FeedForward, generator, merge, split,
+    BATCH,
+    HEADS,
+    LAYERS,
+    SEQUENCE,
+    VOCABULARY,
+    WIDTH,
+    FeedForward,
+    generator,
+    merge,
+    split,
 )  # fmt: skip
 
 KV_HEADS, HEAD_DIM = HEADS // 2, WIDTH // HEADS

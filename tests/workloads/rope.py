@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from tests.tiny_models import randomize
 from tests.workloads.layers import (
-    BATCH, HEADS, LAYERS, SEQUENCE, VOCABULARY, WIDTH, FeedForward, generator, merge, split,
+    BATCH,
+    HEADS,
+    LAYERS,
+    SEQUENCE,
+    VOCABULARY,
+    WIDTH,
+    FeedForward,
+    generator,
+    merge,
+    split,
 )  # fmt: skip
 
 HEAD_DIM, ROTATED, CAP = WIDTH // HEADS, 4, 3.0

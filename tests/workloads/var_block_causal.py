@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from tests.tiny_models import randomize
 from tests.workloads.layers import (
-    BATCH, LAYERS, SEQUENCE, VOCABULARY, WIDTH, Attention, FeedForward, generator, modulate,
+    BATCH,
+    LAYERS,
+    SEQUENCE,
+    VOCABULARY,
+    WIDTH,
+    Attention,
+    FeedForward,
+    generator,
+    modulate,
 )  # fmt: skip
 
 DYNAMIC = {"x": (0, 1), "level": (0, 1), "label": (0,)}

@@ -1,0 +1,135 @@
+"""The reference model that ships with the project: its corpus, tokenizer, checkpoint, evaluation and training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM, pipeline
+
+from benchmarks.reference import tokenizer, train
+from benchmarks.reference.corpus import Split, corpus, files
+from benchmarks.reference.evaluate import CHECKPOINT, evaluate, windows
+
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+
+def logits_of(model: LlamaForCausalLM) -> Callable[[Tensor], Tensor]:
+    return lambda ids: model(input_ids=ids, use_cache=False).logits
+
+
+def test_checkpoint_is_small_deep_and_holds_no_pickle(model: LlamaForCausalLM) -> None:
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 8e6
+    assert {path.suffix for path in CHECKPOINT.iterdir()} <= {".json", ".safetensors", ".md"}
+    assert len(model.model.layers) >= 12
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    weights = load_file(CHECKPOINT / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_split_is_utf8_and_repeatable(split: Split) -> None:
+    text = corpus(split)
+    assert len(text) > 100_000
+    assert text.decode().encode() == text
+    corpus.cache_clear()
+    assert corpus(split) == text
+
+
+def test_no_file_is_in_two_splits() -> None:
+    found = [path for split in SPLITS for path in files(split)]
+    assert len(found) == len(set(found))
+
+
+def test_tokenizer_gives_bytes_and_takes_them_back() -> None:
+    loaded = AutoTokenizer.from_pretrained(CHECKPOINT)
+    for text in ("def f(x):\n    return x\n", "naïve  «ß» 漢字 🙂\t\0\r\n", "<s> is no </s> token <pad>", ""):
+        ids = loaded(text).input_ids
+        assert ids == [tokenizer.BEGIN, *text.encode()]
+        assert loaded.decode(ids, skip_special_tokens=True) == text
+    every = bytes(range(256)).decode("latin-1")
+    assert loaded(every, add_special_tokens=False).input_ids == list(every.encode())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokenizer_agrees_with_the_encoding_of_the_corpus(split: Split) -> None:
+    loaded = AutoTokenizer.from_pretrained(CHECKPOINT)
+    for path in files(split):
+        text = path.read_bytes()
+        if b"<s>" in text or path == files(split)[0]:
+            assert loaded(text.decode(), add_special_tokens=False).input_ids == tokenizer.encode(text).tolist()
+
+
+def test_shipped_tokenizer_is_the_one_that_the_code_builds(tmp_path: Path) -> None:
+    tokenizer.build().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((CHECKPOINT / name).read_text())
+
+
+def test_held_out_loss(model: LlamaForCausalLM) -> None:
+    """A loose bound: the held-out text follows the Python version, and 16 windows are few."""
+    result = evaluate(logits_of(model), windows("test", 16, 256))
+    assert result.windows == 16 and result.predicted_bytes == 16 * 256
+    assert result.nll < 1.4, result
+    assert result.top1 > 0.55, result
+
+
+def test_evaluate_agrees_with_a_plain_loop(model: LlamaForCausalLM) -> None:
+    samples = windows("valid", 3, 40)
+    result = evaluate(logits_of(model), samples, batch=2)
+    losses, hits = torch.zeros(3, 40, dtype=torch.float64), 0
+    with torch.no_grad():
+        for row, window in enumerate(samples):
+            logits = model(input_ids=window[None, :-1]).logits[0].double()
+            for place, byte in enumerate(window[1:].tolist()):
+                losses[row, place] = logits[place].logsumexp(0) - logits[place, byte]
+                hits += int(logits[place].argmax() == byte)
+    assert result.nll == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert result.bits_per_byte == pytest.approx(losses.mean().item() / 0.6931471805599453, abs=1e-5)
+    assert result.top1 == hits / 120
+    assert result.standard_error == pytest.approx(losses.mean(1).std().item() / 3**0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 16), (4, 0), (4, 10**9)])
+def test_windows_refuses_what_does_not_fit(count: int, length: int) -> None:
+    with pytest.raises(ValueError, match="take at least 2"):
+        windows("valid", count, length)
+
+
+def test_pipeline_generates_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write = pipeline("text-generation", model=str(CHECKPOINT), device="cpu", dtype=torch.float32)
+    written = write("import ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert written.startswith("import ") and len(written.encode()) >= len("import ") + 8
+
+
+def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    """Three steps, then two more, end where five steps in one go end."""
+    shape = ["--layers", "2", "--width", "32", "--batch", "2", "--length", "16", "--steps", "5", "--device", "cpu"]
+    whole, parts = (
+        ["--out", str(tmp_path / name / "out"), "--work", str(tmp_path / name)] for name in ("whole", "parts")
+    )
+    threads = ["--threads", str(torch.get_num_threads())]
+    train.main([*shape, *threads, *whole])
+    train.main([*shape, *threads, *parts, "--stop-after", "3"])
+    interrupted = load_file(tmp_path / "parts" / "out" / "model.safetensors")
+    train.main([*shape, *threads, *parts])
+    resumed = load_file(tmp_path / "parts" / "out" / "model.safetensors")
+    straight = load_file(tmp_path / "whole" / "out" / "model.safetensors")
+    assert any(not torch.equal(interrupted[name], resumed[name]) for name in resumed)
+    for name, weight in straight.items():
+        torch.testing.assert_close(resumed[name], weight)
+    state = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["step"] == 5
+    LlamaForCausalLM.from_pretrained(tmp_path / "parts" / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "parts" / "out")("a").input_ids == [tokenizer.BEGIN, 97]

@@ -1,0 +1,127 @@
+"""Captured workloads equal their modules, and a sublayer leaves exactly, or for a stated reason not at all."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from skipstone.ir.capture.module import capture_module
+from skipstone.ir.capture.validate import relative_difference
+from skipstone.ir.dialect import ATTENTION
+from skipstone.ir.errors import Unsupported
+from skipstone.ir.program import Program
+from skipstone.ir.stream import find_stream
+from skipstone.passes.base import run_pass
+from skipstone.passes.skip_sublayers import SkipSublayers
+from tests.workloads import WORKLOADS
+from tests.workloads.layers import BATCH, SEQUENCE
+
+SIZES = ((BATCH, SEQUENCE), (2, 13))
+"""The traced batch and sequence size, and another."""
+
+ATTENTIONS: dict[str, int] = {
+    "cross_attention": 6,
+    "delta_residual": 3,
+    "dit_block": 3,
+    "explicit_mask": 3,
+    "hyper_connections": 3,
+    "inputs_embeds": 3,
+    "mar_masked": 3,
+    "matmul_attention": 3,
+    "rope": 0,  # scores are soft-capped, which no attention of the dialect does
+    "two_heads": 4,
+    "var_block_causal": 3,
+}
+SKIPPED: dict[str, str] = {
+    "cross_attention": "blocks.1.cross",
+    "dit_block": "blocks.1.ffn",
+    "explicit_mask": "blocks.1.attention",
+    "inputs_embeds": "blocks.1.attention",
+    "mar_masked": "blocks.1.attention",
+    "matmul_attention": "blocks.1.attention",
+    "rope": "blocks.1.ffn",
+    "two_heads": "upper.0.attention",
+    "var_block_causal": "blocks.1.attention",
+}
+"""Module path of the sublayer that is left out; its last linear layer is what the reference zeroes."""
+
+NO_STREAM = ("delta_residual", "hyper_connections")
+CANNOT_CAPTURE: dict[str, str] = {
+    "explicit_mask": "the check after capture keeps S = 7 in the last axis of the mask [B, 1, S, S] at length 11",
+}
+
+
+def cases(names: Mapping[str, object] | tuple[str, ...]) -> list[object]:
+    """The names as parameters; what cannot be captured yet is a strict xfail."""
+    return [
+        pytest.param(name, marks=pytest.mark.xfail(reason=CANNOT_CAPTURE[name], strict=True))
+        if name in CANNOT_CAPTURE
+        else name
+        for name in names
+    ]
+
+
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, Program]:
+    """A workload and its program, captured once."""
+    workload = importlib.import_module(f"tests.workloads.{name}")
+    module, example = workload.build()
+    return module, capture_module(module, example, getattr(workload, "DYNAMIC", None))
+
+
+def sample(name: str, batch: int, sequence: int) -> dict[str, Tensor]:
+    """Inputs that the capture has not seen."""
+    return importlib.import_module(f"tests.workloads.{name}").build(1, batch, sequence)[1]
+
+
+def assert_equal(program: Program, module: nn.Module, inputs: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        expected, actual = pytree.tree_leaves(module(**inputs)), list(program.run(**inputs).values())
+    assert max(relative_difference(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-5
+
+
+def zeroed(module: nn.Module, path: str) -> nn.Module:
+    """A copy of the module whose branch at `path` adds nothing."""
+    changed = copy.deepcopy(module)
+    last = [child for child in changed.get_submodule(path).modules() if isinstance(child, nn.Linear)][-1]
+    nn.init.zeros_(last.weight)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
+    return changed
+
+
+@pytest.mark.parametrize("name", cases(WORKLOADS))
+def test_program_equals_module(name: str) -> None:
+    module, program = captured(name)
+    for batch, sequence in SIZES:
+        assert_equal(program, module, sample(name, batch, sequence))
+
+
+@pytest.mark.parametrize("name", cases(WORKLOADS))
+def test_attention_nodes(name: str) -> None:
+    assert len(list(captured(name)[1].nodes(ATTENTION))) == ATTENTIONS[name]
+
+
+@pytest.mark.parametrize("name", cases(SKIPPED))
+def test_skipped_sublayer_equals_module_without_it(name: str) -> None:
+    module, program = captured(name)
+    path = SKIPPED[name]
+    skipped = run_pass(SkipSublayers(paths=(path,)), program)
+    for batch, sequence in SIZES:
+        assert_equal(skipped, zeroed(module, path), sample(name, batch, sequence))
+
+
+@pytest.mark.parametrize("name", NO_STREAM)
+def test_without_a_stream_skipping_is_refused(name: str) -> None:
+    program = captured(name)[1]
+    with pytest.raises(Unsupported, match="without a residual stream"):
+        find_stream(program)
+    with pytest.raises(Unsupported, match="without a residual stream"):
+        run_pass(SkipSublayers(layers=(0,)), program)

@@ -1,0 +1,225 @@
+"""What skipstone does with every causal-LM architecture of transformers, as data, and the check that the data is true.
+
+``python -m tests.zoo [NAME ...] --json FILE`` checks architectures (by default all) one after another, and keeps the
+results as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import skipstone
+from skipstone.errors import Unsupported
+from tests.tiny_models import PAD, VARIANTS, tiny_model, tokens
+
+TOLERANCE = 1e-4
+"""Largest difference between logits, over the range of the model's own logits."""
+
+BATCH, LENGTH, PADDING, NEW, ROOM = 2, 24, 5, 12, 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is supported of one architecture.
+
+    Attributes:
+        logits: it is captured, and its logits are those of the model.
+        cache: it generates through a KV cache, the tokens that full recomputation generates.
+        reason: why not, where not: the error that names it.
+    """
+
+    logits: bool
+    cache: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `check` found.
+
+    Attributes:
+        entry: what works, and the refusal if something is refused.
+        failure: what must never be: wrong results, untyped errors, a missing cache without a reason.
+        error: largest difference between logits over their range, unpadded or padded.
+    """
+
+    entry: Entry
+    failure: str = ""
+    error: float = 0.0
+
+
+UNBUILDABLE: dict[str, str] = {
+    "gemma3n": "ImportError: TimmWrapperModel requires the PIL library (gemma3n_text is built)",
+    "gemma4_assistant": "needs the key and value states of the model that it drafts for",
+    "gemma4_unified_assistant": "needs the key and value states of the model that it drafts for",
+    "musicgen": "AttributeError: 'MusicgenConfig' object has no attribute 'dropout' (its decoder's config has it)",
+    "musicgen_melody": "AttributeError: 'MusicgenMelodyConfig' object has no attribute 'dropout' (as musicgen)",
+}
+"""Model type -> why no tiny model of it can be built from its config."""
+
+BUILDABLE = tuple(name for name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS) if name not in UNBUILDABLE)
+"""Model types and their variants of which `tiny_model` makes a model."""
+
+ARCHITECTURES: dict[str, Entry] = {}
+"""Model type or variant -> what is supported of it."""
+
+
+@torch.no_grad()
+def check(name: str) -> Result:
+    """Optimize a tiny model without rewriting anything, and compare what it computes with the model itself.
+
+    Args:
+        name: a model type or a variant.
+    """
+    model = tiny_model(name)
+    try:
+        opt = _optimize(model)
+    except Unsupported as refusal:
+        return Result(Entry(False, False, str(refusal)))
+    except Exception as error:
+        return Result(Entry(False, False), f"optimize: {type(error).__name__}: {error}")
+    refusal = str(opt.cache_refusal or "")
+    entry = Entry(True, bool(opt.supports_cache), refusal)
+    if entry.cache == bool(refusal):
+        return Result(entry, f"supports_cache is {entry.cache}, and cache_refusal is {refusal!r}")
+    try:
+        error = max(_unpadded_error(opt, model), _padded_error(opt, model))
+        if not error <= TOLERANCE:
+            return Result(entry, "the logits differ", error)
+        if not entry.cache:
+            opt = _optimize(model, cache=False)
+        return Result(entry, _generation_failure(opt, model), error)
+    except Exception as error:
+        return Result(entry, f"run: {type(error).__name__}: {error}")
+
+
+def _optimize(model: PreTrainedModel, cache: bool = True) -> skipstone.Executable:
+    plan = skipstone.Plan([])
+    return skipstone.optimize(
+        model, plan=plan, target="eager", max_length=ROOM, cache=cache, strict=False, progress=False
+    )
+
+
+def _prompts() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B, S] without padding; the same with a left-padded last row, and the mask of that."""
+    plain = tokens(BATCH, LENGTH)
+    mask = torch.ones_like(plain)
+    mask[-1, :PADDING] = 0
+    return plain, plain.masked_fill(mask == 0, PAD), mask
+
+
+def _logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    # Some forward functions take no `use_cache`; to all of them the config is the default.
+    model.config.use_cache = False
+    return model(input_ids=input_ids).logits
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape or not actual.isfinite().all():
+        return float("inf")
+    return float((actual - expected).abs().max() / (expected.max() - expected.min()))
+
+
+def _unpadded_error(opt: skipstone.Executable, model: PreTrainedModel) -> float:
+    plain, _, _ = _prompts()
+    return _difference(opt(input_ids=plain).logits, _logits(model, plain))
+
+
+def _padded_error(opt: skipstone.Executable, model: PreTrainedModel) -> float:
+    """Each row of a left-padded batch against the model on that row alone; refusing padding is no error."""
+    _, padded, mask = _prompts()
+    try:
+        logits = opt(input_ids=padded, attention_mask=mask).logits
+    except Unsupported:
+        return 0.0
+    rows = zip(logits, padded, mask.bool(), strict=True)
+    return max(_difference(row[None, valid], _logits(model, ids[None, valid])) for row, ids, valid in rows)
+
+
+def _generation_failure(opt: skipstone.Executable, model: PreTrainedModel) -> str:
+    """The first way in which generated tokens differ from those of full recomputation, "" if they agree."""
+    plain, padded, mask = _prompts()
+    if failure := _differing(opt.generate(plain, max_new_tokens=NEW, do_sample=False), model, plain):
+        return f"generated tokens differ {failure}"
+    # Tiny models like to repeat themselves; with every token used once, a wrong position cannot hide.
+    varied = opt.generate(plain, max_new_tokens=NEW, do_sample=False, no_repeat_ngram_size=1)
+    if failure := _differing(varied, model, plain, no_repeat_ngram_size=1):
+        return f"generated tokens without repetition differ {failure}"
+    try:
+        generated = opt.generate(padded, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    except Unsupported:
+        return ""
+    for row, (ids, valid) in enumerate(zip(padded, mask.bool(), strict=True)):
+        if failure := _differing(generated[row : row + 1], model, ids[None, valid]):
+            return f"tokens generated after padding differ in row {row}, {failure}"
+    return ""
+
+
+def _differing(generated: Tensor, model: PreTrainedModel, prompt: Tensor, **options: int) -> str:
+    """Where generated tokens leave the greedy ones of the model; a tie within the tolerance may go either way."""
+    expected = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW,
+        do_sample=False,
+        use_cache=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
+    for row, (ours, theirs) in enumerate(zip(generated[:, -NEW:], expected.sequences[:, -NEW:], strict=True)):
+        for step in (ours != theirs).nonzero()[:1].flatten().tolist():
+            scores = expected.scores[step][row]
+            allowed = TOLERANCE * (scores[scores.isfinite()].max() - scores[scores.isfinite()].min())
+            if scores[theirs[step]] - scores[ours[step]] > allowed:
+                return f"at step {step} of row {row}"
+    return ""
+
+
+class _Timeout(BaseException):
+    """Not an `Exception`: code under test must not swallow it."""
+
+
+def _within(seconds: int, run: Callable[[], Result]) -> Result:
+    def expire(signum: int, frame: FrameType | None) -> None:
+        raise _Timeout
+
+    signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        return run()
+    except _Timeout:
+        return Result(Entry(False, False), f"no result within {seconds} seconds")
+    finally:
+        signal.alarm(0)
+
+
+def main() -> None:
+    """Check architectures and write their results to a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="model types or variants (default: all that are not in the file yet)")
+    parser.add_argument("--json", type=Path, required=True, help="results are added to this file")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for each")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(options.json.read_text()) if options.json.exists() else {}
+    for name in options.names or [name for name in BUILDABLE if name not in results]:
+        result = _within(options.timeout, lambda name=name: check(name))
+        results[name] = asdict(result)
+        options.json.write_text(json.dumps(results, indent=1))
+        print(name, result, flush=True)
+
+
+if __name__ == "__main__":
+    main()
