@@ -14,8 +14,8 @@ BEGIN, END, PADDING = 256, 257, 258
 def build() -> PreTrainedTokenizerFast:
     """The tokenizer as transformers wants it; `save_pretrained` puts it beside the checkpoint.
 
-    It puts the begin token before a text, as in training, unless `add_special_tokens=False`. The names of special tokens
-    that occur in a text are bytes like any others, so that the ids of a text are exactly those of `encode`.
+    It puts the begin token before a text, as in training, unless `add_special_tokens=False`. The names of special
+    tokens that occur in a text are bytes like any others, so that the ids of a text are exactly those of `encode`.
     """
     # The byte-level alphabet writes each byte as one printable character; without merges that character is the token.
     alphabet = {symbol: byte for byte, symbol in _byte_symbols().items()}
