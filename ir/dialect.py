@@ -12,6 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipstone.ir.experts import EXPERTS as EXPERTS
+from skipstone.ir.experts import Activation as Activation
+from skipstone.ir.experts import Layout as Layout
+from skipstone.ir.experts import experts as experts
+
 
 class Kind(StrEnum):
     """Which keys a query may attend to, before any mask.
@@ -154,7 +159,17 @@ def attention(
 
 @attention.register_fake
 def _(q, k, v, mask=None, bias=None, sinks=None, *, scale, kind, window=0, softcap=0.0, slot=-1):  # type: ignore[no-untyped-def]
+    _check_shapes(q, k, v, mask, bias)
     return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> None:
+    """Refuse operands that do not fit; while tracing, this is what tells that their sizes are the same."""
+    torch._check(q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3], lambda: "q, k and v differ in size")
+    torch._check(q.shape[1] % k.shape[1] == 0, lambda: "query heads are no multiple of key heads")
+    for mask in masks:
+        if mask is not None:
+            torch.broadcast_shapes(mask.shape, (*q.shape[:3], k.shape[2]))
 
 
 def cached_attention_reference(

@@ -3,8 +3,11 @@
 A cache lets a program compute new tokens alone. That is exact only if attention is the one place where tokens meet and
 if a token's position comes from the `POSITIONS` input alone. The analysis follows the sequence axis through the graph:
 a dimension is *along the sequence* when its size depends on the sequence length S. Every operator must then work row
-by row along it: it may not reduce, contract, slice, shift or sort it. Values that are counted inside the graph
-(``arange(S)``, S itself as a number) may not reach an activation. An operator that is not known here is an offender.
+by row along it: it may not reduce, contract, slice, shift or sort it. A dimension may hold the sequence together with
+others (``[B * S, ...]``); how far apart its tokens stand is followed too, so that a reshape can only take apart what
+was put together. A value made of no input must be the same for every token and every S: where an operator would be
+refused on activations (``arange(S)``, a table cut to S rows, a sum over S ones), its result may not reach one, and
+neither may S as a number. An operator that is not known here is an offender.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import sympy
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION, Kind
+from skipstone.ir.dialect import ATTENTION, EXPERTS, Kind
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
 
@@ -28,9 +31,11 @@ CACHEABLE = (Kind.CAUSAL, Kind.SLIDING, Kind.CHUNKED)
 """Patterns in which a token never sees a later one, and which follow from positions alone."""
 
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+"""Operators that drop a dimension of size 1, which that of the sequence may be."""
 _MOVES = (
-    aten.transpose.int, aten.permute.default, aten.t.default, aten.unsqueeze.default, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.expand_as.default, aten.broadcast_to.default,
+    *_SQUEEZES, aten.transpose.int, aten.permute.default, aten.t.default, aten.unsqueeze.default, aten.expand.default,
+    aten.expand_as.default, aten.broadcast_to.default,
     aten.repeat.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default,
     aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.dropout.default, aten.constant_pad_nd.default,
     aten.view_as_complex.default, aten.view_as_real.default,
@@ -38,8 +43,14 @@ _MOVES = (
 _ELEMENTWISE = (
     aten.polar.default, aten.complex.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.relu6.default, aten.softplus.default, aten.mish.default,
-    aten.hardswish.default,
+    aten.hardswish.default, aten.copy.default, aten.__or__.Tensor, aten.__and__.Tensor, aten.__xor__.Tensor,
 )  # fmt: skip
+_SIZED = (*_RESHAPES, aten.expand.default, aten.broadcast_to.default, aten.repeat.default, aten.slice.Tensor)
+"""Operators to which a number is a size or a bound: `_judge_move` and `_judge_slice` see whether it may depend on S."""
+_ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+_READS = (aten._local_scalar_dense.default, aten.item.default)
+_FILLED = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
+"""Constants made of a number: where it stands among the arguments."""
 _CONSTANTS = (
     aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.full.default, aten.ones.default,
     aten.zeros.default, aten.new_ones.default, aten.new_zeros.default, aten.new_full.default,
@@ -48,9 +59,9 @@ _CONSTANTS = (
 _ALONG_DIM: dict[Any, int] = {  # operators that work along the dimension(s) in this argument
     aten.softmax.int: 1, aten._softmax.default: 1, aten.log_softmax.int: 1, aten.mean.dim: 1, aten.sum.dim_IntList: 1,
     aten.amax.default: 1, aten.amin.default: 1, aten.max.dim: 1, aten.min.dim: 1, aten.argmax.default: 1,
-    aten.var.correction: 1, aten.var.dim: 1, aten.std.correction: 1, aten.linalg_vector_norm.default: 2,
-    aten.norm.ScalarOpt_dim: 2, aten.cumsum.default: 1, aten.cumprod.default: 1, aten.sort.default: 1,
-    aten.sort.stable: 2,
+    aten.var.correction: 1, aten.var.dim: 1, aten.std.correction: 1, aten.std.dim: 1,
+    aten.linalg_vector_norm.default: 2, aten.norm.ScalarOpt_dim: 2, aten.cumsum.default: 1, aten.cumprod.default: 1,
+    aten.sort.default: 1, aten.sort.stable: 2,
     aten.topk.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2,
     aten.unbind.int: 1, aten.select.int: 1, aten.gather.default: 1, aten.scatter.src: 1, aten.scatter.value: 1,
     aten.flip.default: 1, aten.index_select.default: 1, aten.glu.default: 1, aten.logsumexp.default: 1,
@@ -62,6 +73,8 @@ _DEFAULT_DIM: dict[Any, Any] = {
     aten.topk.default: -1, aten.split.Tensor: 0, aten.split_with_sizes.default: 0, aten.chunk.default: 0,
     aten.unbind.int: 0, aten.sort.default: -1, aten.glu.default: -1, aten.argsort.default: -1,
 }  # fmt: skip
+_IN_PLACE = (aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+"""Operators whose operands meet at the same index in every dimension but one, without broadcasting."""
 _ROW_COPIES = (aten.repeat_interleave.self_int,)
 """Operators along a dimension that keep its rows apart."""
 
@@ -73,17 +86,17 @@ class Offender:
     Attributes:
         node: where.
         reason: what it does, in words.
-        hint: the way out, if there is one.
+        mixes: whether tokens may see each other there; if not, it only tells positions apart by counting.
     """
 
     node: fx.Node
     reason: str
-    hint: str = ""
+    mixes: bool = True
 
     def refusal(self) -> Unsupported:
         """The offender as a typed refusal."""
         place = ", ".join(part for part in (module_path(self.node), self.node.name) if part)
-        hint = self.hint or "Use cache=False: each step then recomputes the sequence."
+        hint = "Use cache=False: each step then recomputes the sequence."
         return Unsupported(f"a KV cache: {self.reason}", where=place, hint=hint)
 
 
@@ -102,17 +115,21 @@ def offenders(program: Program) -> Iterator[Offender]:
     tokens = program.input(Role.TOKENS) or program.input(Role.EMBEDDINGS)
     if tokens is None:
         raise Unsupported("a KV cache for a program without a token or embedding input")
-    return _Analysis(program, tokens.meta["val"].shape[1]).run()
+    return _Analysis(program, *tokens.meta["val"].shape[:2]).run()
 
 
 class _Analysis:
     """Follows, from inputs to outputs, what depends on tokens or positions and what is counted inside."""
 
-    def __init__(self, program: Program, length: Any) -> None:
+    def __init__(self, program: Program, batch: Any, length: Any) -> None:
         self.program = program
-        self.length = length.node.expr
+        self.batch, self.length = batch, length
         self.active: set[fx.Node] = set()  # depends on the tokens or the positions
-        self.counted: set[fx.Node] = set()  # tells rows apart without having looked at an input
+        self.inner: dict[fx.Node, sympy.Expr] = {}  # elements of the sequence dimension from one token to the next
+        # What depends on neither must be the same for every token and every S, or is one of these:
+        self.counted: set[fx.Node] = set()  # tells rows apart, by counting them
+        self.measured: set[fx.Node] = set()  # depends on S
+        self.symbols: set[sympy.Symbol] = set()  # S; a second one if nothing says that positions are as many as tokens
 
     def run(self) -> Iterator[Offender]:
         sources = (Role.TOKENS, Role.EMBEDDINGS, Role.POSITIONS)
@@ -120,32 +137,50 @@ class _Analysis:
         for port, node in zip(self.program.inputs, placeholders, strict=True):
             if port.role in sources:
                 self.active.add(node)
+                self.inner[node] = sympy.Integer(1)
+                self.symbols |= node.meta["val"].shape[1].node.expr.free_symbols
         for node in self.program.nodes():
             operands = node.all_input_nodes
-            if node.target in _CONSTANTS or not self._is_tensor(node):
+            if not self._is_tensor(node):
+                if node.target in _READS and not self.measured.isdisjoint(operands):
+                    self.measured.add(node)
                 continue
-            if any(operand in self.counted for operand in operands) or self._counts(node):
-                self.counted.add(node)
-            if not any(operand in self.active for operand in operands):
+            if node.target in _CONSTANTS:
+                if any(self._depends(argument) for argument in self._filling(node)):
+                    self.measured.add(node)
+                continue
+            self.inner[node] = self._inner(node)
+            reason = self._judge(node) or self._judge_fold(node)
+            counted = not self.counted.isdisjoint(operands)
+            if self.active.isdisjoint(operands):
+                if reason:
+                    (self.counted if self._counts(node) else self.measured).add(node)
+                elif counted:
+                    self.counted.add(node)
                 continue
             self.active.add(node)
-            reason = self._judge(node)
             if reason:
                 yield Offender(node, reason)
+            elif counted:
+                reason = f"{_name(node)} uses positions that the model counts itself, not the position_ids input"
+                yield Offender(node, reason, mixes=False)
+        logits = self.program.output(Role.LOGITS)
+        if logits is not None and not (logits in self.active and self._is_rows(logits, axis=1)):
+            yield Offender(logits, "the logits are not one row a token")
 
     def _judge(self, node: fx.Node) -> str:
         target = node.target
         if target is ATTENTION:
             return self._judge_attention(node)
-        if node in self.counted:
-            return f"{_name(node)} uses positions that the model counts itself, not the position_ids input"
-        if self._length_as_value(node):
+        if self._length_as_value(node) or not self.measured.isdisjoint(node.all_input_nodes):
             return f"{_name(node)} uses the sequence length as a number"
         inputs = [operand for operand in node.all_input_nodes if self._axes(operand)]
         if not inputs and not self._axes(node):
             return ""
         if len(self._axes(node)) > 1:
             return f"{_name(node)} pairs every token with every other"
+        if len({self.inner[operand] for operand in inputs if operand in self.inner}) > 1:
+            return f"{_name(node)} meets the tokens in two different orders"
         if target is operator.getitem or target in _MOVES or target in _RESHAPES:
             return self._judge_move(node)
         if target in _ELEMENTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
@@ -163,13 +198,19 @@ class _Analysis:
         if target in (aten.cat.default, aten.stack.default):
             return self._judge_cat(node)
         if target is aten.slice.Tensor:
-            return self._judge_slice(node)
+            return self._judge_slice(node, node)
+        if target is aten.slice_scatter.default:
+            return self._judge_slice(node, node.args[1])
         if target is aten.index.Tensor:
             return f"{_name(node)} picks rows of the sequence" if self._axes(node.args[0]) else ""
         if target is aten.one_hot.default:
             return ""
+        if target is EXPERTS:  # one row a token in each of its operands
+            return self._judge_broadcast(node, inputs)
+        if target in _IN_PLACE:
+            return self._judge_in_place(node)
         if target in _ROW_COPIES:
-            return ""
+            return "" if len(node.args) > 2 else f"{_name(node)} works over the whole sequence"
         if target in _ALONG_DIM:
             place = _ALONG_DIM[target]
             dims = node.args[place] if len(node.args) > place else node.kwargs.get("dim", _DEFAULT_DIM.get(target))
@@ -189,10 +230,8 @@ class _Analysis:
             }
             return reasons.get(kind, "attention with an explicit mask or bias, of which no rule is known")
         for operand in node.args[:3]:
-            if self._axes(operand) not in ((2,), ()):  # type: ignore[arg-type]
+            if not self._is_rows(operand, axis=2):
                 return "attention over something other than the sequence"
-            if operand in self.counted:
-                return "attention reads positions that the model counts itself, not the position_ids input"
         return ""
 
     def _judge_move(self, node: fx.Node) -> str:
@@ -202,17 +241,35 @@ class _Analysis:
             padded = range(source.meta["val"].ndim - len(node.args[1]) // 2, source.meta["val"].ndim)  # type: ignore
             return f"{_name(node)} pads the sequence" if set(padded) & set(self._axes(source)) else ""
         source = node.args[0]
-        if node.target is aten.repeat.default:
-            times: Any = node.args[1]
-            times = times[len(times) - source.meta["val"].ndim :]  # type: ignore[union-attr]
-            return f"{_name(node)} repeats the sequence" if any(times[a] != 1 for a in self._axes(source)) else ""
-        if node.target in _RESHAPES and self._axes(source) and not self._axes(node):
-            return f"{_name(node)} folds the sequence away"
+        if node.target in _SQUEEZES:
+            dims: Any = node.args[1] if len(node.args) > 1 else range(source.meta["val"].ndim)  # type: ignore[union-attr]
+            return self._judge_dims(node, dims if isinstance(dims, list | tuple | range) else [dims])
+        if node.target is aten.repeat.default and not self._axes(source):
+            sizes = source.meta["val"].shape  # type: ignore[union-attr]
+            places = [axis - node.meta["val"].ndim + len(sizes) for axis in self._axes(node)]
+            several = any(place >= 0 and sizes[place] != 1 for place in places)
+            return f"{_name(node)} repeats rows along the sequence" if several else ""
+        outer = self._outer(node)
+        if any(sympy.fraction(part)[1] != 1 for part in (self.inner[node], outer)) or self.symbols & outer.free_symbols:
+            return f"{_name(node)} takes the tokens apart in another order than they were put together"
         for axis in self._axes(node):
             size = node.meta["val"].shape[axis].node.expr
             if size.has(sympy.floor) or "//" in str(size):
                 return f"{_name(node)} cuts the sequence into blocks"
         return ""
+
+    def _judge_fold(self, node: fx.Node) -> str:
+        lost = not self._axes(node) and any(self._axes(operand) for operand in node.all_input_nodes)
+        return f"{_name(node)} folds the sequence away" if lost else ""
+
+    def _judge_in_place(self, node: fx.Node) -> str:
+        source, dim = node.args[:2]
+        if node.target is aten.gather.default and not self._axes(source):
+            looked_up = self._axes(node) == (dim % node.meta["val"].ndim,)  # type: ignore[operator]
+            return "" if looked_up else f"{_name(node)} takes rows of a table by their number"
+        if any(self._axes(operand) != self._axes(node) for operand in node.all_input_nodes):
+            return f"{_name(node)} picks rows by their number"
+        return self._judge_dims(node, [dim])
 
     def _judge_broadcast(self, node: fx.Node, inputs: list[fx.Node]) -> str:
         result = {axis - node.meta["val"].ndim for axis in self._axes(node)}
@@ -243,12 +300,43 @@ class _Analysis:
         operands = [operand for operand in node.args[0] if self._axes(operand)]  # type: ignore[union-attr]
         return "" if len({self._axes(operand) for operand in operands}) <= 1 else f"{_name(node)} joins unlike axes"
 
-    def _judge_slice(self, node: fx.Node) -> str:
-        source, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    def _judge_slice(self, node: fx.Node, part: Any) -> str:
+        """`part` is what is taken out of the first argument, or put into it."""
+        source, place = node.args[0], 1 if part is node else 2
+        dim = node.args[place] if len(node.args) > place else 0
         if dim % source.meta["val"].ndim not in self._axes(source):  # type: ignore
-            return ""
-        whole = node.meta["val"].shape == source.meta["val"].shape  # type: ignore[union-attr]
+            bounded = any(self._depends(_value(bound)) for bound in node.args[place + 1 :])
+            return f"{_name(node)} uses the sequence length as a number" if bounded else ""
+        whole = part.meta["val"].shape == source.meta["val"].shape  # type: ignore[union-attr]
         return "" if whole else f"{_name(node)} takes a part of the sequence"
+
+    def _inner(self, node: fx.Node) -> sympy.Expr:
+        """How many elements of its dimension lie from one token of the sequence to the next; 1 unless it is shared.
+
+        A reshape keeps the distance in memory order. Where the dimension cannot hold tokens at that distance, the
+        result or `_outer` is a fraction.
+        """
+        source = next((each for each in node.all_input_nodes if each in self.inner and self._axes(each)), None)
+        if source is None or not self._axes(node):
+            return sympy.Integer(1)
+        if node.target in _RESHAPES:
+            return sympy.cancel(self.inner[source] * self._behind(source) / self._behind(node))
+        if node.target in _ROW_COPIES and node.args[2:]:
+            along = node.args[2] % source.meta["val"].ndim in self._axes(source)  # type: ignore[operator]
+            return self.inner[source] * (_expression(_value(node.args[1])) if along else 1)
+        return self.inner[source]
+
+    def _outer(self, node: fx.Node) -> sympy.Expr:
+        """What the sequence dimension holds beside the tokens and what lies between them."""
+        if not self._axes(node):
+            return sympy.Integer(1)
+        size = _expression(node.meta["val"].shape[self._axes(node)[0]])
+        return sympy.cancel(size / (min(self.symbols & size.free_symbols, key=str) * self.inner[node]))
+
+    def _behind(self, node: fx.Node) -> sympy.Expr:
+        """Elements in the dimensions behind that of the sequence."""
+        shape = node.meta["val"].shape[self._axes(node)[0] + 1 :]
+        return sympy.Mul(*map(_expression, shape))
 
     def _axes(self, node: Any) -> tuple[int, ...]:
         """The dimensions of a tensor value whose size depends on S; those of its first part, for several values."""
@@ -260,25 +348,44 @@ class _Analysis:
         return tuple(axis for axis, size in enumerate(value.shape) if self._depends(size))
 
     def _depends(self, size: Any) -> bool:
-        return isinstance(size, torch.SymInt) and self.length in size.node.expr.free_symbols
+        symbolic = isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool)
+        return symbolic and not self.symbols.isdisjoint(size.node.expr.free_symbols)
+
+    def _is_rows(self, node: Any, axis: int) -> bool:
+        """Whether `node` is [batch, ...] with one row a token at `axis`."""
+        sizes = node.meta["val"].shape
+        return self._axes(node) == (axis,) and sizes[axis] == self.length and sizes[0] == self.batch
+
+    def _filling(self, node: fx.Node) -> list[Any]:
+        place = _FILLED.get(node.target, len(node.args))
+        return [_value(argument) for argument in node.args[place : place + 1]]
 
     def _is_tensor(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor | list | tuple)
 
     def _counts(self, node: fx.Node) -> bool:
-        """Whether the node itself numbers the rows of the sequence, from nothing but its length."""
-        if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default):
-            return bool(self._axes(node))
-        if node.target in (aten.cumsum.default, aten.tril.default, aten.triu.default):
-            return not any(operand in self.active for operand in node.all_input_nodes) and bool(self._axes(node))
-        return False
+        """Whether the node, made of no input, gives each row a value that is the same for any S."""
+        if not self._axes(node) or not self.measured.isdisjoint(node.all_input_nodes):
+            return False
+        if node.target in _ARANGES:
+            start_and_step = (*node.args[:1], *node.args[2:]) if len(node.args) > 1 else ()
+            return not any(self._depends(_value(argument)) for argument in start_and_step)
+        if node.target is aten.slice.Tensor:
+            return node.args[2] in (None, 0) and not self._axes(node.args[0])
+        return node.target in (aten.cumsum.default, aten.tril.default, aten.triu.default)
 
     def _length_as_value(self, node: fx.Node) -> bool:
-        """Whether arithmetic on activations uses a number that depends on S."""
-        if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
-            return False
-        return any(self._depends(operand.meta.get("val")) for operand in node.all_input_nodes)
+        """Whether the node computes with a number that depends on S."""
+        return node.target not in _SIZED and any(self._depends(_value(operand)) for operand in node.all_input_nodes)
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+
+
+def _expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _name(node: fx.Node) -> str:

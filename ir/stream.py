@@ -18,7 +18,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION_OPS
+from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
 
@@ -31,7 +31,7 @@ _CASTS = (
 )  # fmt: skip
 _PRODUCTS = (
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
-    aten.baddbmm.default, aten.conv1d.default, aten.convolution.default, aten.einsum.default,
+    aten.baddbmm.default, aten.conv1d.default, aten.convolution.default, aten.einsum.default, EXPERTS,
 )  # fmt: skip
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.rsqrt.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -148,9 +148,10 @@ class _Finder:
                     self.graph.add_edge(operand, node)
         self.dominator = nx.immediate_dominators(self.graph, root)
         self.root = root
-        results = program.output_node().all_input_nodes
-        result = program.output(Role.LOGITS) or next((n for n in results if n in self.graph), root)
-        self.spine = self._chain(result)[::-1] if result in self.graph else []
+        # Heads may be tapped from the middle: the stream is the one that leads furthest.
+        results = [node for node in program.output_node().all_input_nodes if node in self.graph]
+        spines = [self._chain(result)[::-1] for result in results]
+        self.spine = max(spines, key=lambda spine: sum(bool(self.sites(node)) for node in spine), default=[])
 
     def _root(self) -> fx.Node:
         for role in (Role.TOKENS, Role.EMBEDDINGS):

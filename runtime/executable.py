@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_unflatten
 
 from skipstone.ir.dialect import ATTENTION_OPS, Kind
 from skipstone.ir.errors import InvalidInput, Unsupported
-from skipstone.ir.program import Program, Role
+from skipstone.ir.program import Program, Role, module_path
+from skipstone.ir.sequence import offenders
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.session import Session
 
-CAUSAL_KINDS = (Kind.CAUSAL, Kind.SLIDING, Kind.CHUNKED)
 SMALLEST_CAPACITY = 64
 
 
@@ -246,9 +246,18 @@ class TokenModel(Executable):
         return min(bounds, default=None)
 
     @cached_property
-    def _is_causal(self) -> bool:
-        """Whether no attention looks at later tokens: padding on the right is then never seen by a valid token."""
-        return all(node.kwargs.get("kind") in CAUSAL_KINDS for node in self.program.nodes(*ATTENTION_OPS))
+    def _padding_refusal(self) -> Unsupported | None:
+        """Why a valid token might see padding on its right, unless it is proved that none sees later ones."""
+        if self.supports_cache:  # a cache is given to proved programs only
+            return None
+        mixing = next((each for each in offenders(self.program) if each.mixes), None)
+        if mixing is None:
+            return None
+        return Unsupported(
+            f"padding for a model whose tokens may see later ones ({mixing.reason})",
+            where=module_path(mixing.node),
+            hint="Run sequences of one length together, without padding.",
+        )
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, KVCache]:
         """Read a prompt into a new cache.
@@ -317,9 +326,8 @@ class TokenModel(Executable):
                 raise InvalidInput(f"attention_mask has shape {shapes}.", hint="Give one number a token.")
             attention_mask = attention_mask.to(self.device) != 0
         layout = Layout.of(tokens, attention_mask)
-        if layout.first is not None and not self._is_causal:
-            hint = "Run sequences of one length together, without padding."
-            raise Unsupported("padding for a model whose tokens see later ones", hint=hint)
+        if layout.first is not None and self._padding_refusal is not None:
+            raise self._padding_refusal
         self.check_length(int(layout.counts.max()))
         tokens = layout.to_front(tokens)
         self._check_range(tokens)

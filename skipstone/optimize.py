@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
@@ -104,7 +106,13 @@ def optimize(
         threads=threads,
         max_length=max_length,
         cache_refusal=refusal,
+        output_adapter=_model_output if isinstance(model, PreTrainedModel) else None,
     )
+
+
+def _model_output(outputs: dict[str, Tensor]) -> ModelOutput:
+    """Outputs by name, as Hugging Face models return them."""
+    return ModelOutput(outputs)
 
 
 def rewrite(
@@ -172,8 +180,6 @@ def _resolve(target: str, model: nn.Module) -> Any:
 def _capture(
     model: nn.Module, example: Mapping[str, Tensor] | None, dynamic: Mapping[str, Sequence[int]] | None
 ) -> Program:
-    from transformers import PreTrainedModel
-
     if isinstance(model, PreTrainedModel):
         from skipstone.ir.capture.huggingface import capture_huggingface
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -147,6 +148,73 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return x * self.calls
+
+
+class Written(nn.Module):
+    """Attention as research code writes it: scores, then `weigh` (mask and softmax), over repeated keys and values."""
+
+    def __init__(self, weigh: Callable[[Tensor], Tensor], repeat: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.inner, self.weigh, self.repeat = nn.Linear(8, 16), weigh, repeat or (lambda x: x.repeat_interleave(2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.inner(x).split((8, 4, 4), -1))
+        return self.weigh(q @ self.repeat(k).transpose(2, 3) * 0.5) @ self.repeat(v)
+
+
+def index(scores: Tensor) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(scores.shape[-1])
+    return positions[:, None], positions[None, :]
+
+
+def banded(scores: Tensor, reach: int) -> Tensor:
+    i, j = index(scores)
+    return scores.masked_fill((j > i) | (i - j >= reach), -torch.inf).softmax(-1)
+
+
+def additive(scores: Tensor) -> Tensor:
+    return (scores + torch.full(scores.shape[-2:], torch.finfo(torch.float32).min).triu(1)).softmax(-1)
+
+
+def capped(scores: Tensor) -> Tensor:
+    i, j = index(scores)
+    return torch.where(j // 3 <= i // 3, 4.0 * torch.tanh(scores / 4.0), -1e9).softmax(-1)
+
+
+def distances(scores: Tensor) -> Tensor:
+    i, j = index(scores)
+    return (scores + (i - j).abs() * -0.1).softmax(-1)
+
+
+WRITTEN = {
+    "no mask": (lambda s: s.softmax(-1), "bidirectional", 0, 0.0),
+    "causal, added": (additive, "causal", 0, 0.0),
+    "a small window": (lambda s: banded(s, 3), "sliding", 3, 0.0),
+    "a window longer than the example": (lambda s: banded(s, 200), "sliding", 200, 0.0),
+    "a window too long to tell": (lambda s: banded(s, 5000), "explicit", 0, 0.0),
+    "blocks, under a soft cap": (capped, "block_causal", 3, 4.0),
+    "a bias": (distances, "explicit", 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_masks_that_follow_from_sizes_become_kinds(name: str) -> None:
+    weigh, kind, window, softcap = WRITTEN[name]
+    program = capture_module(Written(weigh).eval(), {"x": torch.randn(2, 7, 8)})
+    (node,) = program.nodes(ATTENTION)
+    assert (node.kwargs["kind"], node.kwargs["window"], node.kwargs["softcap"]) == (kind, window, softcap)
+    assert node.args[1].meta["val"].shape[1] == 1, "keys are taken before they are repeated"
+    assert all(argument is None for argument in node.args[3:5]) == (kind != "explicit")
+
+
+def test_expanded_keys_are_taken_before_they_are_expanded() -> None:
+    def expand(x: Tensor) -> Tensor:
+        batch, heads, length, width = x.shape
+        return x[:, :, None].expand(batch, heads, 2, length, width).reshape(batch, 2 * heads, length, width)
+
+    program = capture_module(Written(additive, expand).eval(), {"x": torch.randn(2, 7, 8)})
+    (node,) = program.nodes(ATTENTION)
+    assert node.args[1].meta["val"].shape[1] == 1
 
 
 def test_what_cannot_be_traced_is_refused_with_a_reason() -> None:

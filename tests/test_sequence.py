@@ -15,6 +15,13 @@ from skipstone.ir.sequence import offenders, prove_cacheable
 from tests import models
 
 
+def copies(x: Tensor, axis: int) -> Tensor:
+    """Three copies of the rows [B * S, 8], which stand at `axis` once taken apart, summed."""
+    sizes = [x.shape[0] * x.shape[1], 8]
+    sizes.insert(axis, 3)
+    return x.flatten(0, 1).repeat(3, 1).reshape(sizes).sum(axis).reshape(x.shape)
+
+
 class Mixer(nn.Module):
     """An embedding, one operation on [B, S, 8], and a head."""
 
@@ -45,8 +52,15 @@ MIXING = {
     "length as a number": (lambda m, x, p: x / x.shape[1], "sequence length as a number"),
     "token by token product": (lambda m, x, p: (x @ x.transpose(1, 2)) @ x, "pairs every token"),
     "flip": (lambda m, x, p: x.flip(1), "works along the sequence"),
+    "copies taken apart the wrong way": (lambda m, x, p: x + copies(x, 1), "another order"),
+    "rows taken apart the wrong way": (
+        lambda m, x, p: x.flatten(0, 1).reshape(x.shape[1], x.shape[0], 8).softmax(-1).transpose(0, 1), "another order",
+    ),
+    "rows merged in two orders": (
+        lambda m, x, p: (x.flatten(0, 1) + x.transpose(0, 1).flatten(0, 1)).reshape(x.shape), "two different orders",
+    ),
     "last token": (lambda m, x, p: x + x[:, -1:], "takes a part|works along|meets"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MIXING)
@@ -62,6 +76,7 @@ SOUND = {
     "heads folded and unfolded": lambda m, x, p: (
         x.reshape(*x.shape[:2], 2, 4).transpose(1, 2).transpose(1, 2).flatten(2)
     ),
+    "rows copied and taken apart again": lambda m, x, p: copies(x, 0),
     "rows merged with the batch": lambda m, x, p: x.flatten(0, 1).softmax(-1).reshape(x.shape),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Mapping
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ ATTENTIONS: dict[str, int] = {
     "inputs_embeds": 3,
     "mar_masked": 3,
     "matmul_attention": 3,
-    "rope": 0,  # scores are soft-capped, which no attention of the dialect does
+    "rope": 3,
     "two_heads": 4,
     "var_block_causal": 3,
 }
@@ -53,19 +52,6 @@ SKIPPED: dict[str, str] = {
 """Module path of the sublayer that is left out; its last linear layer is what the reference zeroes."""
 
 NO_STREAM = ("delta_residual", "hyper_connections")
-CANNOT_CAPTURE: dict[str, str] = {
-    "explicit_mask": "the check after capture keeps S = 7 in the last axis of the mask [B, 1, S, S] at length 11",
-}
-
-
-def cases(names: Mapping[str, object] | tuple[str, ...]) -> list[object]:
-    """The names as parameters; what cannot be captured yet is a strict xfail."""
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(reason=CANNOT_CAPTURE[name], strict=True))
-        if name in CANNOT_CAPTURE
-        else name
-        for name in names
-    ]
 
 
 @functools.cache
@@ -97,19 +83,19 @@ def zeroed(module: nn.Module, path: str) -> nn.Module:
     return changed
 
 
-@pytest.mark.parametrize("name", cases(WORKLOADS))
+@pytest.mark.parametrize("name", WORKLOADS)
 def test_program_equals_module(name: str) -> None:
     module, program = captured(name)
     for batch, sequence in SIZES:
         assert_equal(program, module, sample(name, batch, sequence))
 
 
-@pytest.mark.parametrize("name", cases(WORKLOADS))
+@pytest.mark.parametrize("name", WORKLOADS)
 def test_attention_nodes(name: str) -> None:
     assert len(list(captured(name)[1].nodes(ATTENTION))) == ATTENTIONS[name]
 
 
-@pytest.mark.parametrize("name", cases(SKIPPED))
+@pytest.mark.parametrize("name", SKIPPED)
 def test_skipped_sublayer_equals_module_without_it(name: str) -> None:
     module, program = captured(name)
     path = SKIPPED[name]

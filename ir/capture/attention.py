@@ -1,19 +1,51 @@
-"""Recognise attention in captured graphs: `scaled_dot_product_attention` and matmul-softmax-matmul."""
+"""Recognise attention in captured graphs: `scaled_dot_product_attention` and matmul-softmax-matmul.
+
+Grouped keys and values that were repeated for every query head are taken before the repetition, and a mask that follows
+from the sizes alone becomes the kind that it is.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from skipstone.ir.capture.masks import HIDDEN, classify_node
 from skipstone.ir.dialect import ATTENTION, Kind
 from skipstone.ir.program import Program, fake_value, provenance
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
-_TRANSPARENT = (aten.clone.default, aten.contiguous.default, aten.dropout.default, aten.alias.default)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.dropout.default, aten.alias.default)
+_CASTS = (aten._to_copy.default, aten.to.dtype)
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+
+
+@dataclass
+class _Match:
+    """An attention as it stands in the graph.
+
+    Attributes:
+        q, k, v: its operands, four-dimensional; `k_transposed` says that k is [B, KH, D, T].
+        masks: boolean nodes, true where a query may attend; `hides` holds those that are true where it may not.
+        biases: floating-point nodes that are added to the logits.
+        kind: causal if the operator itself says so.
+    """
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    scale: float
+    k_transposed: bool = False
+    softcap: float = 0.0
+    kind: Kind = Kind.BIDIRECTIONAL
+    masks: list[fx.Node] = field(default_factory=list)
+    hides: list[fx.Node] = field(default_factory=list)
+    biases: list[fx.Node] = field(default_factory=list)
 
 
 def recognise_attention(program: Program) -> int:
@@ -23,83 +55,183 @@ def recognise_attention(program: Program) -> int:
         how many were replaced.
     """
     found = 0
+    kinds: dict[fx.Node, tuple[Kind, int] | None] = {}
+    slots = itertools.count()
     for node in list(program.nodes()):
         match = _from_sdpa(node) if node.target is _SDPA else _from_softmax(node)
         if match is None:
             continue
-        q, k, v, mask, bias, options = match
-        cross = _length(q) != _length(k)
         with provenance(program, "capture", like=node), program.graph.inserting_before(node):
-            new = program.graph.call_function(
-                ATTENTION, (q, k, v, mask, bias), {**options, "slot": -1 if cross else found}
-            )
-        new.meta["val"] = fake_value(new)
+            new = _attention(program, match, slots, kinds)
         node.replace_all_uses_with(new)
-        found += 0 if cross else 1
+        found += 1
     program.recompile()
     return found
 
 
-Match = tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, fx.Node | None, dict[str, Any]]
+def _attention(
+    program: Program, match: _Match, slots: Iterator[int], kinds: dict[fx.Node, tuple[Kind, int] | None]
+) -> fx.Node:
+    """The dialect's node for a match, made at the insertion point."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = program.graph.call_function(target, args, kwargs)
+        node.meta["val"] = fake_value(node)
+        return node
+
+    k = call(aten.transpose.int, match.k, 2, 3) if match.k_transposed else match.k
+    k, v = _ungrouped(k, match.v)
+    kind, window = match.kind, 0
+    parts = [*match.masks, *match.hides, *match.biases]
+    if len(parts) == 1 and kind is Kind.BIDIRECTIONAL:
+        (only,) = parts
+        if only not in kinds:
+            kinds[only] = classify_node(program, only, hides=only in match.hides)
+        known = kinds[only]
+        if known is not None:
+            (kind, window), parts = known, []
+    if not parts:
+        match.masks, match.hides, match.biases = [], [], []
+    elif kind is Kind.BIDIRECTIONAL:
+        kind = Kind.EXPLICIT
+    masks = [*match.masks, *(call(aten.logical_not.default, each) for each in match.hides)]
+    mask, bias = (_combined(call, each, join) for each, join in ((masks, aten.logical_and), (match.biases, aten.add)))
+    cross = bool(match.q.meta["val"].shape[2] != k.meta["val"].shape[2])
+    return call(
+        ATTENTION, match.q, k, v, mask, bias, scale=match.scale, kind=str(kind), window=window, softcap=match.softcap,
+        slot=-1 if cross else next(slots),
+    )  # fmt: skip
 
 
-def _from_sdpa(node: fx.Node) -> Match | None:
+def _combined(call: Any, nodes: list[fx.Node], join: Any) -> fx.Node | None:
+    result = None
+    for node in nodes:
+        overload = join.Tensor if join is aten.add else join.default
+        result = node if result is None else call(overload, result, node)
+    return result
+
+
+def _from_sdpa(node: fx.Node) -> _Match | None:
     arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
     arguments |= node.kwargs
-    q, k, v, mask = (arguments.get(name) for name in ("query", "key", "value", "attn_mask"))
-    if arguments.get("dropout_p") or q.meta["val"].ndim != 4:  # type: ignore[union-attr]
+    q, k, v, mask, scale = (arguments.get(name) for name in ("query", "key", "value", "attn_mask", "scale"))
+    if arguments.get("dropout_p") or any(_rank(operand) != 4 for operand in (q, k, v)):
         return None
-    scale = arguments.get("scale")
-    kind = Kind.CAUSAL if arguments.get("is_causal") else Kind.EXPLICIT if mask is not None else Kind.BIDIRECTIONAL
-    options = {
-        "scale": float(scale) if isinstance(scale, int | float) else int(q.meta["val"].shape[-1]) ** -0.5,  # type: ignore
-        "kind": str(kind),
-    }
-    boolean = mask is not None and mask.meta["val"].dtype == torch.bool  # type: ignore[union-attr]
-    return q, k, v, (mask if boolean else None), (None if boolean else mask), options  # type: ignore[return-value]
+    if scale is None:
+        scale = int(q.meta["val"].shape[-1]) ** -0.5  # type: ignore[union-attr]
+    if not isinstance(scale, int | float):
+        return None
+    match = _Match(q, k, v, float(scale))  # type: ignore[arg-type]
+    if arguments.get("is_causal"):
+        match.kind = Kind.CAUSAL
+    if isinstance(mask, fx.Node):
+        (match.masks if mask.meta["val"].dtype == torch.bool else match.biases).append(mask)
+    return match
 
 
-def _from_softmax(node: fx.Node) -> Match | None:
-    """matmul(softmax(matmul(q, k^T) * scale [+ bias] [masked]), v), all four-dimensional."""
-    if node.target is not aten.matmul.default:
+def _from_softmax(node: fx.Node) -> _Match | None:
+    """softmax(mask and bias of softcap(scale * (q @ k^T))) @ v, all four-dimensional."""
+    if node.target is not aten.matmul.default or _rank(node) != 4:
         return None
-    weights, v = _through(node.args[0]), node.args[1]
-    if weights.op != "call_function" or weights.target not in (aten.softmax.int, aten._softmax.default):
+    weights = _through(node.args[0])
+    if _target(weights) not in _SOFTMAX or weights.args[1] not in (-1, 3):
         return None
-    axis = weights.args[1]
-    logits, scale, bias, mask = _through(weights.args[0]), 1.0, None, None
-    if axis not in (-1, 3) or node.meta["val"].ndim != 4:
-        return None
-    if logits.target is aten.masked_fill.Scalar and float(logits.args[2]) < -1e4:  # type: ignore[arg-type]
-        mask, logits = logits.args[1], _through(logits.args[0])
-    elif logits.target is aten.add.Tensor and isinstance(logits.args[1], fx.Node):
-        bias, logits = logits.args[1], _through(logits.args[0])
-    if logits.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(logits.args[1], int | float):
+    v: Any = node.args[1]
+    match = _Match(v, v, v, 1.0)
+    logits = _peel_masks(_through(weights.args[0]), match)
+    logits = _peel_softcap(logits, match)
+    while _target(logits) in (aten.mul.Tensor, aten.div.Tensor) and isinstance(logits.args[1], int | float):
         factor = float(logits.args[1])
-        scale, logits = (factor if logits.target is aten.mul.Tensor else 1 / factor), _through(logits.args[0])
-    if logits.op != "call_function" or logits.target is not aten.matmul.default:
+        match.scale *= factor if logits.target is aten.mul.Tensor else 1 / factor
+        logits = _through(logits.args[0])
+    if _target(logits) is not aten.matmul.default:
         return None
-    q, transposed = logits.args
-    if transposed.target is not aten.transpose.int or {int(a) % 4 for a in transposed.args[1:]} != {2, 3}:  # type: ignore
+    match.q, match.k = logits.args
+    if any(_rank(operand) != 4 for operand in (match.q, match.k, v)):
         return None
-    k = transposed.args[0]  # type: ignore[union-attr]
-    if any(operand.meta["val"].ndim != 4 for operand in (q, k, v)):  # type: ignore[union-attr]
-        return None
-    if mask is not None:
-        with mask.graph.inserting_after(mask):  # type: ignore[union-attr]
-            keep = mask.graph.call_function(aten.logical_not.default, (mask,))  # type: ignore[union-attr]
-        keep.meta |= {**mask.meta, "val": fake_value(keep)}  # type: ignore[union-attr]
-        mask = keep
-    kind = Kind.BIDIRECTIONAL if mask is None and bias is None else Kind.EXPLICIT
-    return q, k, v, mask, bias, {"scale": scale, "kind": str(kind)}  # type: ignore[return-value]
+    if _target(match.k) is aten.transpose.int and {axis % 4 for axis in match.k.args[1:]} == {2, 3}:  # type: ignore[operator]
+        match.k = match.k.args[0]  # type: ignore[assignment]
+    else:
+        match.k_transposed = True
+    return match
 
 
-def _through(value: Any) -> Any:
-    """The value behind operators that do not change it in evaluation mode, and behind casts."""
-    while isinstance(value, fx.Node) and value.target in (*_TRANSPARENT, aten._to_copy.default, aten.to.dtype):
+def _peel_masks(logits: Any, match: _Match) -> Any:
+    """Go back over masks and biases, and note them down."""
+    while True:
+        if _target(logits) is aten.masked_fill.Scalar and _hides(logits.args[2]):
+            match.hides.append(logits.args[1])
+            logits = _through(logits.args[0])
+        elif _target(logits) in (aten.where.self, aten.where.ScalarOther) and _hides(logits.args[2]):
+            match.masks.append(logits.args[0])
+            logits = _through(logits.args[1])
+        elif _target(logits) is aten.add.Tensor and not logits.kwargs and isinstance(logits.args[1], fx.Node):
+            match.biases.append(logits.args[1])
+            logits = _through(logits.args[0])
+        else:
+            return logits
+
+
+def _peel_softcap(logits: Any, match: _Match) -> Any:
+    """Go back over ``cap * tanh(logits / cap)``."""
+    if _target(logits) is not aten.mul.Tensor or not isinstance(logits.args[1], int | float):
+        return logits
+    tanh = _through(logits.args[0])
+    inner: Any = _through(tanh.args[0]) if _target(tanh) is aten.tanh.default else None
+    if _target(inner) is aten.div.Tensor and inner.args[1] == logits.args[1]:
+        match.softcap = float(logits.args[1])
+        return _through(inner.args[0])
+    return logits
+
+
+def _hides(value: Any) -> bool:
+    """Whether logits of this value get no weight: a number, or a tensor full of one."""
+    if isinstance(value, fx.Node) and value.target in (aten.full.default, aten.scalar_tensor.default):
+        value = value.args[1 if value.target is aten.full.default else 0]
+    return isinstance(value, int | float) and value <= HIDDEN
+
+
+def _ungrouped(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before they were repeated for the query heads of their group, where both were."""
+    narrow = _before_repeat(k), _before_repeat(v)
+    heads = [each.meta["val"].shape[1] for each in narrow]
+    return narrow if heads[0] == heads[1] else (k, v)
+
+
+def _before_repeat(node: fx.Node) -> fx.Node:
+    """The operand of ``repeat_interleave(x, n, 1)`` or of ``x[:, :, None].expand(...).reshape(...)``."""
+    node = _copied(node)
+    if node.target is aten.repeat_interleave.self_int and node.args[2:] == (1,):
+        return node.args[0]  # type: ignore[return-value]
+    if node.target is aten.reshape.default:
+        expanded = _copied(node.args[0])
+        unsqueezed: Any = expanded.args[0] if _target(expanded) is aten.expand.default else None
+        if _target(unsqueezed) is aten.unsqueeze.default and unsqueezed.args[1] == 2:
+            source: fx.Node = unsqueezed.args[0]
+            batch, heads, *rest = source.meta["val"].shape
+            copies = expanded.meta["val"].shape[2]
+            if tuple(node.meta["val"].shape) == (batch, heads * copies, *rest):
+                return source
+    return node
+
+
+def _copied(value: Any) -> Any:
+    while _target(value) in _COPIES:
         value = value.args[0]
     return value
 
 
-def _length(node: fx.Node) -> Any:
-    return node.meta["val"].shape[2]
+def _through(value: Any) -> Any:
+    """The value behind operators that do not change it in evaluation mode, and behind casts."""
+    while _target(value) in (*_COPIES, *_CASTS):
+        value = value.args[0]
+    return value
+
+
+def _target(value: Any) -> Any:
+    return value.target if isinstance(value, fx.Node) and value.op == "call_function" else None
+
+
+def _rank(value: Any) -> int:
+    tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return tensor.ndim if isinstance(tensor, torch.Tensor) else -1

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from skipstone.ir.errors import InternalError, Unsupported, UserError
+from skipstone.ir.errors import InternalError, SkipstoneError, Unsupported, UserError
 from skipstone.ir.program import Port, Program, Role, Source, module_path
 
 ROOT = "captured"
@@ -153,6 +153,15 @@ def export(wrapper: nn.Module, inputs: Mapping[str, Tensor], dynamic: Mapping[st
         torch._subclasses.fake_tensor.DataDependentOutputException,
     ) as error:
         raise Unsupported(f"tracing ({_first_line(error)})", where=_user_frame(error)) from error
+    except SkipstoneError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        # Non-strict tracing runs the model's own code, which may fail on symbolic sizes in any way.
+        raise Unsupported(
+            f"tracing ({type(error).__name__}: {_first_line(error)})",
+            where=_user_frame(error),
+            hint="The model runs, but not with sizes that are left open.",
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -279,7 +288,7 @@ def _check_dynamic(exported: ExportedProgram, program: Program) -> None:
     shape = lengths.meta["val"].shape
     for axis, meaning in ((0, "batch"), (1, "sequence")):
         size = shape[axis]
-        if isinstance(size, int):
+        if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
             raise Unsupported(
                 f"a {meaning} size fixed to {size} by the model's own code",
                 where=lengths.name,

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import ModelOutput
 
+from skipstone.ir.capture.attention import recognise_attention
+from skipstone.ir.capture.experts import recognise_experts
 from skipstone.ir.capture.exported import ROOT, export, named, refuse_unusable, source_of, to_program
 from skipstone.ir.capture.masks import classify
 from skipstone.ir.capture.validate import compare
 from skipstone.ir.dialect import Kind, attention
 from skipstone.ir.errors import Unsupported, UserError
 from skipstone.ir.program import Program, Role
+from skipstone.ir.sequence import offenders
 
 NAME = "skipstone"
 """The name under which the seam registers its functions with transformers."""
@@ -133,7 +137,7 @@ class _Seam:
         slot, self.slots = (-1, self.slots) if cross else (self.slots, self.slots + 1)
         options = {"scale": float(scaling), "kind": str(kind), "window": window, "softcap": float(softcap)}
         out = attention(query, key, value, mask, bias, sinks, **options, slot=slot)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None
 
 
 class _CausalForward(nn.Module):
@@ -144,11 +148,11 @@ class _CausalForward(nn.Module):
         setattr(self, ROOT, model)
         self.positions, self.mask = positions, mask
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor]:
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         extra: dict[str, Any] = {"position_ids": position_ids} if self.positions else {}
         if self.mask:
             extra["attention_mask"] = torch.ones_like(input_ids)
-        return (getattr(self, ROOT)(input_ids=input_ids, use_cache=False, return_dict=True, **extra).logits,)
+        return {"logits": getattr(self, ROOT)(input_ids=input_ids, use_cache=False, return_dict=True, **extra).logits}
 
 
 def _tensors(out: ModelOutput) -> dict[str, Tensor]:
@@ -183,10 +187,12 @@ def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Ten
         program = _capture(model, wrapper, inputs, source, causal, seam=True)
         compare(program, wrapper, inputs)
     except Unsupported as refusal:
-        # The seam could not say what this attention does: keep the model's own, which is exact but has no cache.
+        # The seam could not say what this attention does: keep the model's own.
         program = _capture(model, wrapper, inputs, source, causal, seam=False)
+        recognise_attention(program)
         compare(program, wrapper, inputs)
-        program.cache_refusal = refusal
+        if any(True for _ in offenders(program)):
+            program.cache_refusal = refusal
     return program
 
 
@@ -194,16 +200,33 @@ def _capture(
     model: PreTrainedModel, wrapper: nn.Module, inputs: Mapping[str, Tensor], source: Any, causal: bool, seam: bool
 ) -> Program:
     dynamic = {name: range(min(value.ndim, 2)) for name, value in inputs.items()}
-    with _untouched(model), _registered(model, padded=not causal) if seam else _own_attention(model) as state:
-        with torch.no_grad():
-            outputs = wrapper(**inputs)
+    attention_seam = _registered(model, padded=not causal) if seam else nullcontext()
+    with _untouched(model), _registered_experts(model), attention_seam as state:
+        outputs = _outputs(model, wrapper, inputs, seam)
         if state is not None:
             state.restart()
         exported = export(wrapper, inputs, dynamic)
     roles = {"input_ids": Role.TOKENS, "position_ids": Role.POSITIONS, "logits": Role.LOGITS}
     roles |= {"inputs_embeds": Role.EMBEDDINGS, "attention_mask": Role.PADDING}
-    names = ["logits"] if causal else list(outputs)
-    return to_program(exported, source, roles, names)
+    return to_program(exported, source, roles, list(outputs))
+
+
+def _outputs(model: PreTrainedModel, wrapper: nn.Module, inputs: Mapping[str, Tensor], seam: bool) -> dict[str, Tensor]:
+    """What the model returns for the example, or a typed reason why it returns nothing."""
+    try:
+        with torch.no_grad():
+            outputs: dict[str, Tensor] = wrapper(**inputs)
+    except Unsupported:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        if seam:
+            raise Unsupported(f"this model's own way to call its attention ({what})") from error
+        raise Unsupported(
+            f"{type(model).__name__} with the inputs {', '.join(inputs)} ({what})",
+            hint="Pass example_inputs={name: tensor} for which model(**example_inputs) works.",
+        ) from error
+    return outputs
 
 
 @contextmanager
@@ -216,7 +239,6 @@ def _registered(model: PreTrainedModel, padded: bool) -> Iterator[_Seam]:
     AttentionMaskInterface.register(NAME, state.make_mask)
     for config in _configs(model):
         config._attn_implementation_internal = NAME
-    _use_portable_experts(model)
     try:
         yield state
     finally:
@@ -225,16 +247,24 @@ def _registered(model: PreTrainedModel, padded: bool) -> Iterator[_Seam]:
 
 
 @contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model's own attention; only its experts are exchanged for a form that exports."""
-    _use_portable_experts(model)
-    yield None
+def _registered_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Inside this block each mixture of experts is one `skipstone::experts`, where that operator covers it."""
 
+    def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        form = forms.get(id(module))
+        if form is None:  # transformers' default form does not export; its batched one does
+            return batched_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+        return form(hidden_states, top_k_index, top_k_weights)
 
-def _use_portable_experts(model: PreTrainedModel) -> None:
+    forms = {id(module): recognise_experts(module) for module in model.modules() if hasattr(module, "_apply_gate")}
+    ExpertsInterface.register(NAME, forward)
     for config in _configs(model):
         if getattr(config, "_experts_implementation_internal", None) is not None:
-            config._experts_implementation_internal = "batched_mm"
+            config._experts_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        ExpertsInterface._global_mapping.pop(NAME, None)
 
 
 @contextmanager

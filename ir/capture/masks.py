@@ -1,17 +1,37 @@
-"""Read the kind of an attention mask from the function that defines it, by evaluating it on sampled positions."""
+"""Read the kind of an attention mask from what defines it, by evaluating it on sampled positions.
+
+What defines it is either a function of positions, or the part of a graph that computes it from the sizes alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from types import FunctionType
 from typing import Any
 
+import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from skipstone.ir.dialect import Kind, visible
+from skipstone.ir.program import Program, Role
+
+aten = torch.ops.aten
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
+
+HIDDEN = -1e4
+"""Logits from here down get no weight."""
+
+_SHAPE_ONLY = (
+    aten.sym_size.int, aten.ones_like.default, aten.zeros_like.default, aten.full_like.default,
+    aten.new_ones.default, aten.new_zeros.default, aten.new_full.default,
+)  # fmt: skip
+"""Operators that look at the shape of their operand, not at its content."""
+
+_LARGEST = 2048
+"""Windows up to this size are told from none by evaluating masks of twice the length."""
 
 
 def classify(function: MaskFunction, local_size: int | None) -> tuple[Kind, int]:
@@ -67,3 +87,116 @@ def _closed_over(value: Any, seen: set[int]) -> Iterator[Tensor]:
     elif isinstance(value, FunctionType):
         for cell in value.__closure__ or ():
             yield from _closed_over(cell.cell_contents, seen)
+
+
+def classify_node(program: Program, mask: fx.Node, hides: bool = False) -> tuple[Kind, int] | None:
+    """The kind and window of a mask that the graph computes from the sizes alone.
+
+    The part of the graph that computes it is run at several lengths, which reach past every number that stands in it:
+    a window is such a number.
+
+    Args:
+        program: the program; batch and sequence are the first two axes of its tokens, embeddings or first input.
+        mask: a node that broadcasts to [B, N, S, S]; boolean, or floating point with 0 for visible and a number up to
+            `HIDDEN` for hidden.
+        hides: whether a boolean mask is true where a query may not attend.
+    Returns:
+        None where the mask depends on more than sizes, is no known kind, or cannot be told from one.
+    """
+    nodes = _made_from_sizes(mask)
+    if nodes is None:
+        return None
+    numbers = sorted({number for node in nodes for number in _numbers(program, node)})
+    if numbers and numbers[-1] > _LARGEST:
+        return None
+    placeholders = (each for each in program.graph.nodes if each.op == "placeholder")
+    first = program.input(Role.TOKENS) or program.input(Role.EMBEDDINGS) or next(placeholders)
+    limit = program.source.max_positions or 2 * _LARGEST + 1
+    lengths = sorted({3, 17, 66, *(multiple * number + 1 for multiple, number in product((1, 2), numbers))})
+    windows = sorted({number + shift for number, shift in product(numbers, (-1, 0, 1)) if number + shift > 0})
+    candidates = [(Kind.CAUSAL, 0), (Kind.BIDIRECTIONAL, 0)]
+    candidates += product((Kind.SLIDING, Kind.CHUNKED, Kind.BIDIRECTIONAL, Kind.BLOCK_CAUSAL), windows)
+    for length in [each for each in lengths if each <= limit] or [limit]:
+        truth = _pattern(_evaluate(program, nodes, first, length), length, hides)
+        if truth is None:
+            return None
+        positions = torch.arange(length)
+        candidates = [each for each in candidates if _agrees(each, positions, truth)]
+    return candidates[0] if candidates else None
+
+
+def _agrees(candidate: tuple[Kind, int], positions: Tensor, truth: Tensor) -> bool:
+    pattern = visible(*candidate, positions[:, None], positions[None, :])
+    return bool(truth.all()) if pattern is None else torch.equal(truth, pattern)
+
+
+def _made_from_sizes(node: fx.Node) -> list[fx.Node] | None:
+    """What computes `node`, in graph order, if no input's content takes part in it."""
+    needed, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        if current.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ()):
+            return None
+        operands = current.all_input_nodes
+        if current.target in _SHAPE_ONLY:
+            operands = [operand for operand in operands if not isinstance(operand.meta.get("val"), Tensor)]
+        pending += [operand for operand in operands if operand not in needed]
+        needed.update(operands)
+    return [each for each in node.graph.nodes if each in needed]
+
+
+def _numbers(program: Program, node: fx.Node) -> Iterator[int]:
+    """The whole numbers in a node, without sign, and the sizes of a tensor; 1 and a slice's open end say nothing."""
+    if node.op == "get_attr":
+        values: list[Any] = [*program.tensor(str(node.target)).shape]
+    else:
+        values = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+    for value in values:
+        whole = isinstance(value, int) or (isinstance(value, float) and abs(value) <= _LARGEST and value.is_integer())
+        if whole and not isinstance(value, bool) and 1 < abs(value) < 2**62:
+            yield abs(int(value))
+
+
+def _evaluate(program: Program, nodes: list[fx.Node], first: fx.Node, length: int) -> Tensor | None:
+    """The last of `nodes` at a batch of two and this length; None where the graph does not run at it."""
+    sizes: dict[sympy.Symbol, int] = {}
+    for size, number in zip(first.meta["val"].shape[:2], (2, length), strict=False):
+        if isinstance(size, torch.SymInt):
+            sizes |= dict.fromkeys(size.node.expr.free_symbols, number)
+
+    def concrete(size: Any) -> int:
+        return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else int(size)
+
+    def argument(node: fx.Node) -> Any:
+        if node in values:
+            return values[node]
+        fake = node.meta["val"]
+        return torch.empty([concrete(size) for size in fake.shape], dtype=fake.dtype)
+
+    values: dict[fx.Node, Any] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            values[node] = program.tensor(str(node.target))
+            continue
+        try:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, IndexError, TypeError):  # e.g. a size that depends on another symbol
+            return None
+    return values[nodes[-1]]
+
+
+def _pattern(mask: Tensor | None, length: int, hides: bool) -> Tensor | None:
+    """Where a query may attend, [length, length], if the mask is the same for every sequence and head."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        allowed = ~mask if hides else mask
+    elif bool(((mask == 0) | (mask <= HIDDEN)).all()):
+        allowed = mask == 0
+    else:
+        return None
+    flat = allowed.reshape(-1, *allowed.shape[-2:]) if allowed.ndim >= 2 else allowed.reshape(1, 1, -1)
+    if not bool((flat == flat[:1]).all()):
+        return None
+    return flat[0].expand(length, length) if set(flat.shape[1:]) <= {1, length} else None

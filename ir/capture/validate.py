@@ -57,7 +57,7 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 def _resized(program: Program, inputs: Mapping[str, Tensor], batch: int, length: int) -> dict[str, Tensor]:
     """The example at another size: dynamic axes wrap around or are cut, and positions go on.
 
-    The symbol of the first axis of all is the batch; every other symbol is a length.
+    The symbol of a first axis is a batch; every other symbol is a length.
     """
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     sizes: dict[sympy.Symbol, int] = {}
@@ -68,7 +68,7 @@ def _resized(program: Program, inputs: Mapping[str, Tensor], batch: int, length:
             if isinstance(size, int):
                 continue
             for symbol in size.node.expr.free_symbols:
-                sizes.setdefault(symbol, length if sizes or axis else batch)
+                sizes.setdefault(symbol, length if axis else batch)
             wanted = int(size.node.expr.subs(sizes))
             value = value.index_select(axis, torch.arange(wanted, device=value.device) % value.shape[axis])
         if port.role is Role.POSITIONS:

@@ -30,8 +30,9 @@ KV_HEADS, HEAD_DIM = HEADS // 2, WIDTH // HEADS
 class GroupedAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.query, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.query = nn.Linear(WIDTH, WIDTH)
         self.key, self.value = (nn.Linear(WIDTH, KV_HEADS * HEAD_DIM) for _ in range(2))
+        self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         q = split(self.query(x))
