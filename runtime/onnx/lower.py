@@ -25,12 +25,14 @@ from torch.export import Dim, ExportedProgram
 from skipstone.ir.dialect import (
     ATTENTION,
     CACHED_ATTENTION,
+    EXPERTS,
     Kind,
     attention_reference,
     cached_attention_reference,
 )
 from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.program import Program, module_path
+from skipstone.runtime.onnx import experts
 
 OPSET = 23
 MICROSOFT = "com.microsoft"
@@ -75,6 +77,7 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
     except torch.onnx.errors.OnnxExporterError as error:
         raise _refusal(error, program) from error
     del exported
+    experts.expand(model)
     _name_ports(model, program)
     tensors = _externalize(model, program)
     _keep_places_only(model)
@@ -112,6 +115,8 @@ class _OnnxForms(fx.Interpreter):
                 return self._group_query_attention(*args, **kwargs)
             case _ if target == CACHED_ATTENTION:
                 return cached_attention_reference(*args, **kwargs)
+            case _ if target == EXPERTS:
+                return experts.symbol(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def _group_query_attention(
