@@ -35,8 +35,8 @@ def recognise_experts(module: nn.Module) -> Experts | None:
     stacks: list[Any] = [getattr(module, name, None) for name in names]
     if not all(isinstance(stack, Tensor) and stack.is_floating_point() for stack in stacks):
         return None
-    experts_here, *sizes = stacks[0].shape
-    if getattr(module, "has_post_expert_norm", False) or getattr(module, "num_experts", None) != experts_here:
+    count, *sizes = stacks[0].shape
+    if getattr(module, "has_post_expert_norm", False) or getattr(module, "num_experts", None) != count:
         return None
     width = sizes[1 if own.is_transposed else 0]
     example = torch.zeros(2, width, dtype=stacks[0].dtype, device=stacks[0].device)
@@ -89,8 +89,8 @@ def _product(gate: Expression, up: Expression, width: int) -> dict[str, Any] | N
             pass
     gate, gate_limit = _bounded(gate, None)
     up, up_limit = _bounded(up, -1.0)
-    layouts = {((0, 1), (width / 2, 1)): Layout.CONCATENATED, ((0, 2), (1, 2)): Layout.INTERLEAVED}
-    layout = layouts.get((_part(gate, width), _part(up, width)))  # type: ignore[call-overload]
+    layouts: dict[Any, Layout] = {((0, 1), (width / 2, 1)): Layout.CONCATENATED, ((0, 2), (1, 2)): Layout.INTERLEAVED}
+    layout = layouts.get((_part(gate, width), _part(up, width)))
     if layout is None or gate_limit != up_limit:
         return None
     return {"activation": activation, "alpha": alpha, "layout": str(layout), "limit": gate_limit, "shift": shift}
