@@ -6,7 +6,7 @@ The sizes are exact and come from the graph; the times that a `DeviceProfile` ma
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -79,21 +79,37 @@ def cost(program: Program, nodes: Iterable[fx.Node] | None = None) -> Cost:
     )
 
 
-def evaluate(cost: Cost, batch: int, sequence: int, past: int = 0, rows: int | None = None) -> dict[str, float]:
+def evaluate(
+    cost: Cost,
+    batch: int,
+    sequence: int,
+    past: int = 0,
+    rows: int | None = None,
+    others: Mapping[sympy.Symbol, int] | None = None,
+) -> dict[str, float]:
     """The numbers of a cost, by field name.
 
     Args:
         batch, sequence: sizes of the step.
         past: tokens that are in the cache already.
         rows: rows of each sequence that reach the head; all of them by default.
+        others: values of further symbols, e.g. `example_sizes`.
     Raises:
         UserError: the cost depends on a size beside these.
     """
-    values = {BATCH: batch, SEQUENCE: sequence, PAST: past, ROWS: sequence if rows is None else rows}
+    values = {**(others or {}), BATCH: batch, SEQUENCE: sequence, PAST: past, ROWS: sequence if rows is None else rows}
     numbers = {field.name: getattr(cost, field.name).xreplace(values) for field in fields(cost)}
     if unknown := {symbol for number in numbers.values() for symbol in number.free_symbols}:
         raise UserError(f"The cost depends on sizes beside batch and sequence: {sorted(map(str, unknown))}.")
     return {name: float(number) for name, number in numbers.items()}
+
+
+def example_sizes(program: Program) -> dict[sympy.Symbol, int]:
+    """What the sizes of a program were when it was traced, by their own symbols."""
+    placeholders = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    sizes: list[Any] = [size for value in placeholders if isinstance(value, Tensor) for size in value.shape]
+    symbolic = (size.node for size in sizes if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol)
+    return {node.expr: int(node.hint) for node in symbolic}
 
 
 def roofline_seconds(

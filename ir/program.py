@@ -7,6 +7,7 @@ the user's model until a pass replaces one (the overlay). The user's model itsel
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -190,6 +191,12 @@ class Program:
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         self.graph.lint()
         self.module = fx.GraphModule(self.tensors(), self.graph)
+
+    def dump(self, directory: str | os.PathLike[str]) -> None:
+        """Write the readable graph after every pass; see `skipstone.ir.printer.dump`."""
+        from skipstone.ir.printer import dump  # the printer knows programs
+
+        dump(self, directory)
 
     def run(self, **values: Tensor) -> dict[str, Tensor]:
         """Execute the graph with plain PyTorch.

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
-from skipstone.ir.cost import cost, evaluate
+from skipstone.ir.cost import cost, evaluate, example_sizes
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.printer import readable
 from skipstone.ir.program import Program, Record
@@ -143,7 +143,7 @@ def footprint(program: Program) -> Footprint:
         sublayers = find_stream(program).sublayers
     except Unsupported:
         sublayers = ()
-    figures = evaluate(cost(program), batch=1, sequence=1, past=128)
+    figures = evaluate(cost(program), batch=1, sequence=1, past=128, others=example_sizes(program))
     return Footprint(
         sublayers=len(sublayers),
         attention=sum(s.kind is SublayerKind.ATTENTION for s in sublayers),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.errors import ArtifactError, UserError
-from skipstone.ir.printer import dump, excerpt, explain, readable
+from skipstone.ir.printer import excerpt, explain, readable
 from skipstone.ir.program import Program, Record
 from skipstone.passes.base import Remark, Status, run_pass
 from skipstone.passes.cleanup import Cleanup
@@ -120,7 +120,7 @@ def _with_history(program: Program) -> Program:
 
 def test_dump_writes_one_file_a_pass(program: Program, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "run"
-    dump(_with_history(program), target)
+    _with_history(program).dump(target)
     assert sorted(file.name for file in target.iterdir()) == ["000_capture.py", "001_skip_me.py", "002_present.py"]
     assert (target / "000_capture.py").read_text() == "# capture: 0 -> 9 operators, 0.250 s, no remarks\nfirst = 1\n"
     assert "9 -> 7 operators, 1.500 s, 2 applied, 1 missed" in (target / "001_skip_me.py").read_text()
@@ -130,10 +130,10 @@ def test_dump_writes_one_file_a_pass(program: Program, tmp_path: Path) -> None:
 
 def test_dump_replaces_a_dump_and_nothing_else(program: Program, tmp_path: Path) -> None:
     target = tmp_path / "run"
-    dump(_with_history(program), target)
-    dump(program, target)
+    _with_history(program).dump(target)
+    program.dump(target)
     assert not (target / "000_capture.py").exists()
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="not a dump"):
-        dump(program, target)
+        program.dump(target)
     assert (target / "notes.txt").read_text() == "mine"

@@ -63,11 +63,15 @@ def test_tokenizer_gives_bytes_and_takes_them_back() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_tokenizer_agrees_with_the_encoding_of_the_corpus(split: Split) -> None:
+    """On the beginning of every twentieth file, and around the name of a special token wherever it stands."""
     loaded = AutoTokenizer.from_pretrained(CHECKPOINT)
-    for path in files(split):
+    for number, path in enumerate(files(split)):
         text = path.read_bytes()
-        if b"<s>" in text or path == files(split)[0]:
-            assert loaded(text.decode(), add_special_tokens=False).input_ids == tokenizer.encode(text).tolist()
+        place = text.find(b"<s>")
+        if number % 20 and place < 0:
+            continue
+        part = text[max(0, place - 500) :][:1000].decode(errors="ignore")
+        assert loaded(part, add_special_tokens=False).input_ids == tokenizer.encode(part.encode()).tolist()
 
 
 def test_shipped_tokenizer_is_the_one_that_the_code_builds(tmp_path: Path) -> None:

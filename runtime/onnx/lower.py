@@ -9,7 +9,9 @@ tensors are external data that the session takes from torch memory, under the na
 from __future__ import annotations
 
 import logging
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +32,11 @@ from skipstone.ir.dialect import (
     attention_reference,
     cached_attention_reference,
 )
-from skipstone.ir.errors import InternalError, Unsupported
+from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
 from skipstone.ir.program import Program, module_path
 from skipstone.runtime.onnx import experts
+from skipstone.runtime.onnx.layouts import cancel_moves
+from skipstone.runtime.onnx.operators import gather_operators, rotary
 
 OPSET = 23
 MICROSOFT = "com.microsoft"
@@ -66,11 +70,14 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
 
     Args:
         program: in float32; left as it is.
-        directory: where to write ``model.onnx`` and its weights too, if anywhere.
+        directory: where to write ``model.onnx`` and its weights too, if anywhere: a directory that is empty or does not
+            exist yet. It comes into being whole or not at all.
     Raises:
+        ArtifactError: the directory cannot be written.
         Unsupported: a dtype that ONNX Runtime has no CPU kernels for, or an operator that ONNX has no form for.
     """
     _check_dtypes(program)
+    program = gather_operators(program)
     exported = _export(program)
     try:
         model = _to_onnx(exported)
@@ -78,6 +85,7 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
         raise _refusal(error, program) from error
     del exported
     experts.expand(model)
+    cancel_moves(model)
     _name_ports(model, program)
     tensors = _externalize(model, program)
     _keep_places_only(model)
@@ -104,6 +112,7 @@ class _OnnxForms(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.lengths: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+        self.halves: dict[Tensor, Tensor] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         match target:
@@ -115,9 +124,21 @@ class _OnnxForms(fx.Interpreter):
                 return self._group_query_attention(*args, **kwargs)
             case _ if target == CACHED_ATTENTION:
                 return cached_attention_reference(*args, **kwargs)
+            case _ if target is rotary:
+                return self._rotary_embedding(*args)
             case _ if target == EXPERTS:
                 return experts.symbol(*args, **kwargs)
         return super().call_function(target, args, kwargs)
+
+    def _rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`rotary` on rows [B, S, N * D], which is how a projection leaves them; its own layout would be transposed."""
+        batch, heads, rows, width = x.shape
+        for angle in (cos, sin):
+            if angle not in self.halves:
+                self.halves[angle] = angle[:, 0, :, : width // 2]
+        flat = x.transpose(1, 2).reshape(batch, rows, heads * width)
+        turned = torch.onnx.ops.rotary_embedding(flat, self.halves[cos], self.halves[sin], num_heads=heads)
+        return turned.reshape(batch, rows, heads, width).transpose(1, 2)
 
     def _group_query_attention(
         self,
@@ -312,10 +333,21 @@ def _externalize(model: ir.Model, program: Program) -> dict[str, Tensor]:
 
 
 def _save(proto: bytes, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Write the model and its external data; `_externalize` has given each tensor its place in that file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / WEIGHTS_FILE, "wb") as file:
-        for tensor in tensors.values():
-            file.write(tensor.numpy().data)
-            file.write(bytes(-tensor.nbytes % PAGE))
-    (directory / MODEL_FILE).write_bytes(proto)
+    """Write the model and its external data beside `directory`, and move them there when they are complete."""
+    directory = directory.absolute()
+    try:
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
+            # A directory of its own: the temporary one may be read by nobody else.
+            complete = Path(temporary) / directory.name
+            complete.mkdir()
+            with open(complete / WEIGHTS_FILE, "wb") as file:
+                for tensor in tensors.values():  # in the places that `_externalize` has given them
+                    file.write(tensor.numpy().data)
+                    file.write(bytes(-tensor.nbytes % PAGE))
+            (complete / MODEL_FILE).write_bytes(proto)
+            os.replace(complete, directory)
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot write the model {directory}: {error.strerror or error}.",
+            hint="It needs a directory that is empty or does not exist yet.",
+        ) from error
