@@ -49,7 +49,9 @@ _SIZED = (*_RESHAPES, aten.expand.default, aten.broadcast_to.default, aten.repea
 """Operators to which a number is a size or a bound: `_judge_move` and `_judge_slice` see whether it may depend on S."""
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _READS = (aten._local_scalar_dense.default, aten.item.default)
-_FILLED = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
+_FILLED: dict[Any, int] = {
+    aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0,
+}  # fmt: skip
 """Constants made of a number: where it stands among the arguments."""
 _CONSTANTS = (
     aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.full.default, aten.ones.default,

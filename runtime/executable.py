@@ -118,6 +118,17 @@ class Executable:
         self._check_values(values)
         return self._structured(self.session.run({name: values[name].to(self.device) for name in names}))
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Continue a prompt, where the program is a causal language model; see `CausalLM.generate`.
+
+        Raises:
+            Unsupported: it is not.
+        """
+        raise Unsupported(
+            f"generate with {self.program.source.name}, which is no decoder that turns tokens into next-token logits",
+            hint="Call the executable on whole inputs.",
+        )
+
     def _fill_defaults(self, values: dict[str, Tensor]) -> None:
         tokens = values.get(self._input_name(Role.TOKENS))
         if tokens is None:

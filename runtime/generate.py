@@ -209,7 +209,8 @@ class CausalLM(TokenModel, GenerationMixin):
         prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
         if prompt is not None and kwargs.get("past_key_values") is None:
             prompt = self._check_prompt(prompt, kwargs.get("attention_mask"))
-        return super().generate(prompt, generation_config=generation_config, **kwargs)
+        # By name: in the order of the bases `Executable.generate` comes first, which refuses.
+        return GenerationMixin.generate(self, prompt, generation_config=generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from skipstone.ir.errors import InternalError, SkipstoneError, Unsupported, UserError
 from skipstone.ir.program import Port, Program, Role, Source, module_path
@@ -58,6 +59,15 @@ def refuse_unusable(model: Any) -> None:
             f"the model is in training mode ({training[0]}), so that dropout and batch norm are not deterministic.",
             hint="Call model.eval() first.",
         )
+    if hasattr(model, "peft_config"):
+        raise Unsupported("PEFT adapters", hint="Merge them: optimize model.merge_and_unload().")
+    for path, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise Unsupported(
+                "modules that accelerate loads and offloads as they run",
+                where=path,
+                hint="Load the model onto one device, without device_map.",
+            )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
         if tensor.is_meta:
@@ -71,8 +81,10 @@ def refuse_unusable(model: Any) -> None:
             f"a model spread over several devices ({', '.join(sorted(map(str, devices)))})",
             hint="Move it to one device.",
         )
+    quantized = getattr(model, "hf_quantizer", None) is not None
     for name, tensor in tensors:
-        if tensor.is_quantized or hasattr(tensor, "quant_state"):
+        # Quantized weights of other libraries are tensors that wrap several others.
+        if quantized or tensor.is_quantized or hasattr(tensor, "quant_state") or is_traceable_wrapper_subclass(tensor):
             raise Unsupported("already quantized weights", where=name, hint="Load the model in floating point.")
 
 

@@ -174,6 +174,7 @@ def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Ten
         Unsupported: something that would not be exact, with its place.
     """
     refuse_unusable(model)
+    _refuse_stateful_rope(model)
     config = model.config.get_text_config()
     source = source_of(
         model,
@@ -194,6 +195,20 @@ def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Ten
         if any(True for _ in offenders(program)):
             program.cache_refusal = refusal
     return program
+
+
+def _refuse_stateful_rope(model: PreTrainedModel) -> None:
+    """Refuse rotary embeddings that change their frequencies, and with them every cached key, as sequences grow."""
+    for path, module in model.named_modules():
+        kinds = getattr(module, "rope_type", "")
+        for kind in kinds.values() if isinstance(kinds, Mapping) else [kinds]:
+            if kind in ("dynamic", "longrope"):
+                raise Unsupported(
+                    f"{kind} RoPE scaling, whose frequencies follow the longest position of each call",
+                    where=path,
+                    hint="Load it with another rope_type: 'yarn', 'llama3' and 'linear' scale all lengths alike, "
+                    "'default' does not scale.",
+                )
 
 
 def _capture(
@@ -305,6 +320,12 @@ def _rows(model: PreTrainedModel) -> int | None:
 
 
 def _example(model: PreTrainedModel, vocabulary: int | None, causal: bool) -> dict[str, Tensor]:
+    if model.config.is_encoder_decoder:
+        raise UserError(
+            f"{type(model).__name__} is an encoder-decoder model, whose two sequences are not known here.",
+            hint="Pass example_inputs={'input_ids': ..., 'decoder_input_ids': ...} with different lengths of at least "
+            "two: its forward pass is captured, without generate.",
+        )
     if model.main_input_name != "input_ids" or vocabulary is None:
         raise UserError(
             f"{type(model).__name__} takes {model.main_input_name!r}, and its sizes are not known here.",
