@@ -217,6 +217,7 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "the gate alone": lambda x: x.chunk(2, dim=-1)[0].relu(),
     "the gate twice": lambda x: x.chunk(2, dim=-1)[0].relu() * x.chunk(2, dim=-1)[0],
     "first of three parts": lambda x: x.split(4, dim=-1)[0].relu() * x.split(4, dim=-1)[1],
+    "one gate for all": lambda x: x.split(1, dim=-1)[0].relu() * x.chunk(2, dim=-1)[1],
     "columns to the fourth": lambda x: x[..., 0:4:2].relu() * x[..., 1:4:2],
     "rows": lambda x: x[::2].relu() * x[1::2],
     "limits that differ": lambda x: bounded(x, 1.0, -2.0, 2.0),

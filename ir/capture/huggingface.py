@@ -1,6 +1,6 @@
-"""Capture of Hugging Face models: every attention becomes one `skipstone::attention` node.
+"""Capture of Hugging Face models: attentions and mixtures of experts become one node each.
 
-transformers lets an attention function and a mask function be registered by name. The seam registers one pair for the
+transformers lets attention, mask and experts functions be registered by name. The seam registers its own for the
 time of the capture, runs the model once eagerly to learn the kind of each mask, and then traces it. Names, configs and
 registries are put back afterwards, also when the capture fails.
 """
