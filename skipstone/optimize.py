@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.cost import cost, evaluate, example_sizes
+from skipstone.ir.dialect import ATTENTION_OPS
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.printer import readable
 from skipstone.ir.program import Program, Record
@@ -138,12 +139,12 @@ def rewrite(
 
 
 def footprint(program: Program) -> Footprint:
-    """Sublayers, FLOPs and bytes of a program, for one new token after a context of 128."""
+    """Sublayers, FLOPs and bytes of a program, for one token."""
     try:
         sublayers = find_stream(program).sublayers
     except Unsupported:
         sublayers = ()
-    figures = evaluate(cost(program), batch=1, sequence=1, past=128, others=example_sizes(program))
+    figures = evaluate(cost(program), batch=1, sequence=1, others=example_sizes(program))
     return Footprint(
         sublayers=len(sublayers),
         attention=sum(s.kind is SublayerKind.ATTENTION for s in sublayers),
@@ -157,9 +158,9 @@ def footprint(program: Program) -> Footprint:
 
 def _kv_bytes_per_token(program: Program) -> int:
     total = 0
-    for port, node in zip(program.inputs, (n for n in program.graph.nodes if n.op == "placeholder"), strict=True):
-        if port.slot is not None:
-            value = node.meta["val"]
+    for node in program.nodes(*ATTENTION_OPS):
+        for operand in node.args[1:3] if node.kwargs["slot"] != -1 else ():
+            value = operand.meta["val"]  # type: ignore[union-attr]
             total += int(value.shape[1]) * int(value.shape[3]) * value.element_size()
     return total
 

@@ -52,9 +52,9 @@ class Footprint:
 
     Attributes:
         sublayers, attention, ffn: how many sublayers there are, and how many of them are of that kind.
-        flops: floating point operations for one token.
+        flops: floating point operations for one token, that attention to earlier ones adds to.
         weight_bytes: bytes of weights.
-        kv_bytes_per_token: bytes that the KV cache grows by with each token.
+        kv_bytes_per_token: bytes of keys and values that each token adds.
         nodes: operators of the graph.
     """
 
@@ -265,7 +265,9 @@ class Report:
             table.add_row("graph operators", str(before.nodes), str(after.nodes), _share(after.nodes, before.nodes))
             table.add_row("FLOPs a token", *_pair(before.flops, after.flops, format_count))
             table.add_row("weights", *_pair(before.weight_bytes, after.weight_bytes, format_bytes))
-            table.add_row("KV cache a token", *_pair(before.kv_bytes_per_token, after.kv_bytes_per_token, format_bytes))
+            table.add_row(
+                "keys and values a token", *_pair(before.kv_bytes_per_token, after.kv_bytes_per_token, format_bytes)
+            )
         first, second = self.timing_before, self.timing_after
         prompt, decode = "prefill", "decode, a token"
         if measured := second or first:

@@ -56,7 +56,7 @@ def test_the_text_tells_everything():
         "24 (12 + 12) 22 (11 + 11)",
         "FLOPs a token 220 M 110 M 0.500",
         "weights 400 MiB 300 MiB 0.750",
-        "KV cache a token 72 KiB 66 KiB 0.917",
+        "keys and values a token 72 KiB 66 KiB 0.917",
         "prefill (128 tokens, median of 5) 400.00 ms 300.00 ms 0.750",
         "decode, a token (64 tokens, median of 5) 45.00 ms 18.00 ms 0.400",
         "capture 1.25",
