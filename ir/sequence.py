@@ -117,15 +117,25 @@ def offenders(program: Program) -> Iterator[Offender]:
     tokens = program.input(Role.TOKENS) or program.input(Role.EMBEDDINGS)
     if tokens is None:
         raise Unsupported("a KV cache for a program without a token or embedding input")
-    return _Analysis(program, *tokens.meta["val"].shape[:2]).run()
+    sizes = tokens.meta["val"].shape[:2]
+    mixing = list(_Analysis(program, sizes, axis=1).run())
+    yield from mixing
+    # By the same rules sequences of a batch must not meet: each may be padded, and continued, in its own way.
+    for offender in _Analysis(program, sizes, axis=0).run():
+        if offender.node not in [known.node for known in mixing]:
+            yield Offender(offender.node, f"{_name(offender.node)} lets the sequences of a batch meet")
 
 
 class _Analysis:
-    """Follows, from inputs to outputs, what depends on tokens or positions and what is counted inside."""
+    """Follows, from inputs to outputs, what depends on tokens or positions and what is counted inside.
 
-    def __init__(self, program: Program, batch: Any, length: Any) -> None:
+    It is written for the sequence, `axis` 1 of the inputs, and does the same for the batch, their axis 0.
+    """
+
+    def __init__(self, program: Program, sizes: Any, axis: int) -> None:
         self.program = program
-        self.batch, self.length = batch, length
+        self.batch, self.length = sizes
+        self.axis = axis
         self.active: set[fx.Node] = set()  # depends on the tokens or the positions
         self.inner: dict[fx.Node, sympy.Expr] = {}  # elements of the sequence dimension from one token to the next
         # What depends on neither must be the same for every token and every S, or is one of these:
@@ -140,7 +150,7 @@ class _Analysis:
             if port.role in sources:
                 self.active.add(node)
                 self.inner[node] = sympy.Integer(1)
-                self.symbols |= node.meta["val"].shape[1].node.expr.free_symbols
+                self.symbols |= node.meta["val"].shape[self.axis].node.expr.free_symbols
         for node in self.program.nodes():
             operands = node.all_input_nodes
             if not self._is_tensor(node):
@@ -356,7 +366,8 @@ class _Analysis:
     def _is_rows(self, node: Any, axis: int) -> bool:
         """Whether `node` is [batch, ...] with one row a token at `axis`."""
         sizes = node.meta["val"].shape
-        return self._axes(node) == (axis,) and sizes[axis] == self.length and sizes[0] == self.batch
+        along = axis if self.axis == 1 else 0
+        return self._axes(node) == (along,) and sizes[axis] == self.length and sizes[0] == self.batch
 
     def _filling(self, node: fx.Node) -> list[Any]:
         place = _FILLED.get(node.target, len(node.args))

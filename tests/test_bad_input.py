@@ -471,3 +471,26 @@ def test_the_forward_pass_of_an_encoder_decoder_is_exact(name: str) -> None:
     assert ours.cache_refusal is not None
     with pytest.raises(Unsupported, match="generate"):
         ours.generate(inputs["input_ids"])
+
+
+class Scaled(nn.Module):
+    """A language model over tokens and positions with one more input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner(input_ids, position_ids=position_ids).logits * scale[:, :, None]}
+
+
+def test_a_language_model_with_a_further_input_gets_no_cache() -> None:
+    """Steps through a cache could not hand the input on."""
+    ids, scale = torch.randint(3, VOCABULARY, (3, 7)), torch.rand(3, 7)
+    example = {"input_ids": ids, "position_ids": torch.arange(7).expand(3, 7).contiguous(), "scale": scale}
+    theirs = Scaled().eval()
+    ours: Any = skipstone.optimize(theirs, example_inputs=example, target="eager", progress=False)
+    with torch.no_grad():
+        assert relative_difference(ours(**example).logits, theirs(**example)["logits"]) < 1e-5
+    with pytest.raises(Unsupported, match=r"further input \(scale\)"):
+        ours.generate(ids, max_new_tokens=2)

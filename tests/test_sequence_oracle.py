@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -38,7 +38,7 @@ class TokenLocal(fx.Interpreter):
 
 @torch.no_grad()
 def largest_difference(program: Program, tokens: Tensor, positions: Tensor) -> float:
-    """Between the rows of a whole run and the runs of each token alone, over the range of the whole; inf if they fail.
+    """Between a whole run and the runs of each token of each sequence alone, over the range; inf if those fail.
 
     Each row of the batch has positions of its own, and they do not count from 0.
     """
@@ -48,12 +48,14 @@ def largest_difference(program: Program, tokens: Tensor, positions: Tensor) -> f
         (logits,) = TokenLocal(program.module).run(*(values[port.name] for port in program.inputs))
         return logits
 
+    def cells(values: Tensor) -> Iterable[Tensor]:
+        return (cell for row in values.split(1) for cell in row.split(1, 1))
+
     whole = run(tokens, positions)
     try:
-        alone = torch.cat([run(t, p) for t, p in zip(tokens.split(1, 1), positions.split(1, 1), strict=True)], dim=1)
+        pieces = [run(token, position) for token, position in zip(cells(tokens), cells(positions), strict=True)]
+        alone = torch.cat(pieces, dim=1).reshape(whole.shape)
     except (RuntimeError, IndexError):
-        return float("inf")
-    if alone.shape != whole.shape:
         return float("inf")
     span = float(whole.max() - whole.min())
     difference = float((whole - alone).abs().nan_to_num(nan=torch.inf).max())
@@ -101,6 +103,8 @@ HIDDEN = {  # mixers and counters that look like something harmless
     "positions from padding": lambda m, x, p: x + nn.functional.pad(ones(x), (1, 0))[:, :-1, None],
     "heads without a transpose": lambda m, x, p: x.reshape(x.shape[0], 2, x.shape[1], 4).transpose(1, 2).flatten(2),
     "batch and tokens flattened in two orders": lambda m, x, p: x + x.transpose(0, 1).flatten(0, 1).reshape(x.shape),
+    "positions of the first sequence": lambda m, x, p: x + m.table(p[0]),
+    "features over the batch": lambda m, x, p: x - x.mean(0),
     "a scatter into the first rows": lambda m, x, p: x.scatter(2, torch.zeros(1, 1, 1, dtype=torch.int64), 9.0),
     "a gather from the rows of a table": lambda m, x, p: (
         x + m.table.weight[: x.shape[1]].expand(x.shape[0], -1, -1).gather(2, p[:, :, None] % 8)
