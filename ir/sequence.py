@@ -213,8 +213,10 @@ class _Analysis:
             return self._judge_slice(node, node)
         if target is aten.slice_scatter.default:
             return self._judge_slice(node, node.args[1])
+        if target is aten.select_scatter.default:
+            return self._judge_select_scatter(node)
         if target is aten.index.Tensor:
-            return f"{_name(node)} picks rows of the sequence" if self._axes(node.args[0]) else ""
+            return self._judge_index(node)
         if target is aten.one_hot.default:
             return ""
         if target is EXPERTS:  # one row a token in each of its operands
@@ -303,6 +305,26 @@ class _Analysis:
             if axes and any(dim % operand.meta["val"].ndim in axes for dim in dims):
                 return f"{_name(node)} works along the sequence"
         return ""
+
+    def _judge_select_scatter(self, node: fx.Node) -> str:
+        source, part, dim = node.args[0], node.args[1], node.args[2] % node.meta["val"].ndim  # type: ignore[operator]
+        if dim in self._axes(node):
+            return f"{_name(node)} replaces a row of the sequence"
+        within = tuple(axis - (axis > dim) for axis in self._axes(node))
+        apart = all(
+            not axes or axes == own
+            for axes, own in zip((self._axes(source), self._axes(part)), (self._axes(node), within), strict=True)
+        )
+        return "" if apart else f"{_name(node)} meets the sequence in two different dimensions"
+
+    def _judge_index(self, node: fx.Node) -> str:
+        """A table may be looked up, and parts of each row may be picked, but no rows of the sequence."""
+        source, indices = node.args[0], node.args[1]
+        if not self._axes(source):
+            return ""
+        picked = [(axis, index) for axis, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
+        apart = all(axis not in self._axes(source) and not self._axes(index) for axis, index in picked)
+        return "" if apart else f"{_name(node)} picks rows of the sequence"
 
     def _judge_cat(self, node: fx.Node) -> str:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from skipstone.ir.capture.masks import HIDDEN, classify_node
+from skipstone.ir.capture.masks import HIDDEN, classify_nodes
 from skipstone.ir.dialect import ATTENTION, Kind
 from skipstone.ir.program import Program, fake_value, provenance
 
@@ -51,14 +51,18 @@ class _Match:
 def recognise_attention(program: Program) -> int:
     """Replace every attention that is recognised by a `skipstone::attention` node, numbered in call order.
 
+    Attentions that are nodes of the dialect already keep the first numbers.
+
     Returns:
         how many were replaced.
     """
     found = 0
-    kinds: dict[fx.Node, tuple[Kind, int] | None] = {}
-    slots = itertools.count()
+    kinds: dict[tuple[fx.Node, ...], tuple[Kind, int] | None] = {}
+    slots: Iterator[int] = itertools.count(
+        len([node for node in program.nodes(ATTENTION) if node.kwargs.get("slot", -1) != -1])
+    )
     for node in list(program.nodes()):
-        match = _from_sdpa(node) if node.target is _SDPA else _from_softmax(node)
+        match = _from_sdpa(node) if node.target is _SDPA else _from_softmax(program, node)
         if match is None:
             continue
         with provenance(program, "capture", like=node), program.graph.inserting_before(node):
@@ -70,7 +74,7 @@ def recognise_attention(program: Program) -> int:
 
 
 def _attention(
-    program: Program, match: _Match, slots: Iterator[int], kinds: dict[fx.Node, tuple[Kind, int] | None]
+    program: Program, match: _Match, slots: Iterator[int], kinds: dict[tuple[fx.Node, ...], tuple[Kind, int] | None]
 ) -> fx.Node:
     """The dialect's node for a match, made at the insertion point."""
 
@@ -82,18 +86,16 @@ def _attention(
     k = call(aten.transpose.int, match.k, 2, 3) if match.k_transposed else match.k
     k, v = _ungrouped(k, match.v)
     kind, window = match.kind, 0
-    parts = [*match.masks, *match.hides, *match.biases]
-    if len(parts) == 1 and kind is Kind.BIDIRECTIONAL:
-        (only,) = parts
-        if only not in kinds:
-            kinds[only] = classify_node(program, only, hides=only in match.hides)
-        known = kinds[only]
-        if known is not None:
-            (kind, window), parts = known, []
-    if not parts:
-        match.masks, match.hides, match.biases = [], [], []
-    elif kind is Kind.BIDIRECTIONAL:
-        kind = Kind.EXPLICIT
+    shown = (*match.masks, *match.biases)
+    if (shown or match.hides) and kind is Kind.BIDIRECTIONAL:
+        parts = (*shown, *match.hides)
+        if parts not in kinds:  # layers share their masks
+            kinds[parts] = classify_nodes(program, shown, match.hides)
+        known = kinds[parts]
+        if known is None:
+            kind = Kind.EXPLICIT
+        else:
+            (kind, window), match.masks, match.hides, match.biases = known, [], [], []
     masks = [*match.masks, *(call(aten.logical_not.default, each) for each in match.hides)]
     mask, bias = (_combined(call, each, join) for each, join in ((masks, aten.logical_and), (match.biases, aten.add)))
     cross = bool(match.q.meta["val"].shape[2] != k.meta["val"].shape[2])
@@ -129,7 +131,7 @@ def _from_sdpa(node: fx.Node) -> _Match | None:
     return match
 
 
-def _from_softmax(node: fx.Node) -> _Match | None:
+def _from_softmax(program: Program, node: fx.Node) -> _Match | None:
     """softmax(mask and bias of softcap(scale * (q @ k^T))) @ v, all four-dimensional."""
     if node.target is not aten.matmul.default or _rank(node) != 4:
         return None
@@ -138,12 +140,9 @@ def _from_softmax(node: fx.Node) -> _Match | None:
         return None
     v: Any = node.args[1]
     match = _Match(v, v, v, 1.0)
-    logits = _peel_masks(_through(weights.args[0]), match)
+    logits = _peel_masks(program, _through(weights.args[0]), match)
     logits = _peel_softcap(logits, match)
-    while _target(logits) in (aten.mul.Tensor, aten.div.Tensor) and isinstance(logits.args[1], int | float):
-        factor = float(logits.args[1])
-        match.scale *= factor if logits.target is aten.mul.Tensor else 1 / factor
-        logits = _through(logits.args[0])
+    logits = _peel_scale(logits, match)
     if _target(logits) is not aten.matmul.default:
         return None
     match.q, match.k = logits.args
@@ -156,13 +155,13 @@ def _from_softmax(node: fx.Node) -> _Match | None:
     return match
 
 
-def _peel_masks(logits: Any, match: _Match) -> Any:
+def _peel_masks(program: Program, logits: Any, match: _Match) -> Any:
     """Go back over masks and biases, and note them down."""
     while True:
-        if _target(logits) is aten.masked_fill.Scalar and _hides(logits.args[2]):
+        if _target(logits) is aten.masked_fill.Scalar and _hides(program, logits.args[2]):
             match.hides.append(logits.args[1])
             logits = _through(logits.args[0])
-        elif _target(logits) in (aten.where.self, aten.where.ScalarOther) and _hides(logits.args[2]):
+        elif _target(logits) in (aten.where.self, aten.where.ScalarOther) and _hides(program, logits.args[2]):
             match.masks.append(logits.args[0])
             logits = _through(logits.args[1])
         elif _target(logits) is aten.add.Tensor and not logits.kwargs and isinstance(logits.args[1], fx.Node):
@@ -170,6 +169,15 @@ def _peel_masks(logits: Any, match: _Match) -> Any:
             logits = _through(logits.args[0])
         else:
             return logits
+
+
+def _peel_scale(logits: Any, match: _Match) -> Any:
+    """Go back over factors, and multiply them."""
+    while _target(logits) in (aten.mul.Tensor, aten.div.Tensor) and isinstance(logits.args[1], int | float):
+        factor = float(logits.args[1])
+        match.scale *= factor if logits.target is aten.mul.Tensor else 1 / factor
+        logits = _through(logits.args[0])
+    return logits
 
 
 def _peel_softcap(logits: Any, match: _Match) -> Any:
@@ -184,9 +192,13 @@ def _peel_softcap(logits: Any, match: _Match) -> Any:
     return logits
 
 
-def _hides(value: Any) -> bool:
+def _hides(program: Program, value: Any) -> bool:
     """Whether logits of this value get no weight: a number, or a tensor full of one."""
-    if isinstance(value, fx.Node) and value.target in (aten.full.default, aten.scalar_tensor.default):
+    value = _through(value)
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        tensor = program.tensor(str(value.target))
+        value = float(tensor) if tensor.numel() == 1 else None
+    elif _target(value) in (aten.full.default, aten.scalar_tensor.default):
         value = value.args[1 if value.target is aten.full.default else 0]
     return isinstance(value, int | float) and value <= HIDDEN
 

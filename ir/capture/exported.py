@@ -37,8 +37,15 @@ _CHECKS = {
 _CANONICAL: dict[Any, Any] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.multiply.Tensor: torch.ops.aten.mul.Tensor,
+    torch.ops.aten.divide.Tensor: torch.ops.aten.div.Tensor,
+    torch.ops.aten.true_divide.Tensor: torch.ops.aten.div.Tensor,
+    torch.ops.aten.subtract.Tensor: torch.ops.aten.sub.Tensor,
+    torch.ops.aten.concat.default: torch.ops.aten.cat.default,
+    torch.ops.aten.concatenate.default: torch.ops.aten.cat.default,
 }
-"""Views become reshapes: in a functional graph strides mean nothing, and rewrites need not keep them."""
+"""One name for one operator. Views become reshapes: in a functional graph strides mean nothing, and rewrites need not
+keep them."""
 
 
 def refuse_unusable(model: Any) -> None:

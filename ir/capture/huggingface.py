@@ -25,7 +25,7 @@ from skipstone.ir.capture.experts import recognise_experts
 from skipstone.ir.capture.exported import ROOT, export, named, refuse_unusable, source_of, to_program
 from skipstone.ir.capture.masks import classify
 from skipstone.ir.capture.validate import compare
-from skipstone.ir.dialect import Kind, attention
+from skipstone.ir.dialect import ATTENTION, Kind, attention
 from skipstone.ir.errors import Unsupported, UserError
 from skipstone.ir.program import Program, Role
 from skipstone.ir.sequence import offenders
@@ -186,11 +186,14 @@ def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Ten
     wrapper = _causal(model) if causal else named(model, inputs, _tensors)
     try:
         program = _capture(model, wrapper, inputs, source, causal, seam=True)
+        if causal and _sees_ahead(program):  # an encoder, whose tokens see padding unless they are told of it
+            causal, inputs = False, _example(model, source.vocabulary, False)
+            wrapper = named(model, inputs, _tensors)
+            program = _capture(model, wrapper, inputs, source, causal, seam=True)
         compare(program, wrapper, inputs)
     except Unsupported as refusal:
         # The seam could not say what this attention does: keep the model's own.
         program = _capture(model, wrapper, inputs, source, causal, seam=False)
-        recognise_attention(program)
         compare(program, wrapper, inputs)
         if any(True for _ in offenders(program)):
             program.cache_refusal = refusal
@@ -211,6 +214,13 @@ def _refuse_stateful_rope(model: PreTrainedModel) -> None:
                 )
 
 
+def _sees_ahead(program: Program) -> bool:
+    return any(
+        node.kwargs["kind"] == Kind.BIDIRECTIONAL and node.kwargs.get("slot", -1) != -1
+        for node in program.nodes(ATTENTION)
+    )
+
+
 def _capture(
     model: PreTrainedModel, wrapper: nn.Module, inputs: Mapping[str, Tensor], source: Any, causal: bool, seam: bool
 ) -> Program:
@@ -223,7 +233,9 @@ def _capture(
         exported = export(wrapper, inputs, dynamic)
     roles = {"input_ids": Role.TOKENS, "position_ids": Role.POSITIONS, "logits": Role.LOGITS}
     roles |= {"inputs_embeds": Role.EMBEDDINGS, "attention_mask": Role.PADDING}
-    return to_program(exported, source, roles, list(outputs))
+    program = to_program(exported, source, roles, list(outputs))
+    recognise_attention(program)
+    return program
 
 
 def _outputs(model: PreTrainedModel, wrapper: nn.Module, inputs: Mapping[str, Tensor], seam: bool) -> dict[str, Tensor]:

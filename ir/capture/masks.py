@@ -5,7 +5,7 @@ What defines it is either a function of positions, or the part of a graph that c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from types import FunctionType
 from typing import Any
@@ -89,21 +89,23 @@ def _closed_over(value: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _closed_over(cell.cell_contents, seen)
 
 
-def classify_node(program: Program, mask: fx.Node, hides: bool = False) -> tuple[Kind, int] | None:
-    """The kind and window of a mask that the graph computes from the sizes alone.
+def classify_nodes(
+    program: Program, shows: Sequence[fx.Node], hides: Sequence[fx.Node] = ()
+) -> tuple[Kind, int] | None:
+    """The kind and window of masks that the graph computes from the sizes alone, taken together.
 
-    The part of the graph that computes it is run at several lengths, which reach past every number that stands in it:
+    The part of the graph that computes them is run at several lengths, which reach past every number that stands in it:
     a window is such a number.
 
     Args:
         program: the program; batch and sequence are the first two axes of its tokens, embeddings or first input.
-        mask: a node that broadcasts to [B, N, S, S]; boolean, or floating point with 0 for visible and a number up to
-            `HIDDEN` for hidden.
-        hides: whether a boolean mask is true where a query may not attend.
+        shows: nodes that broadcast to [B, N, S, S]; boolean, true where a query may attend, or floating point with 0
+            for visible and a number up to `HIDDEN` for hidden.
+        hides: boolean nodes that are true where a query may not attend.
     Returns:
-        None where the mask depends on more than sizes, is no known kind, or cannot be told from one.
+        None where a mask depends on more than sizes, or they make no known kind, or cannot be told from one.
     """
-    nodes = _made_from_sizes(mask)
+    nodes = _made_from_sizes((*shows, *hides))
     if nodes is None:
         return None
     numbers = sorted({number for node in nodes for number in _numbers(program, node)})
@@ -112,17 +114,27 @@ def classify_node(program: Program, mask: fx.Node, hides: bool = False) -> tuple
     placeholders = (each for each in program.graph.nodes if each.op == "placeholder")
     first = program.input(Role.TOKENS) or program.input(Role.EMBEDDINGS) or next(placeholders)
     limit = program.source.max_positions or 2 * _LARGEST + 1
-    lengths = sorted({3, 17, 66, *(multiple * number + 1 for multiple, number in product((1, 2), numbers))})
-    windows = sorted({number + shift for number, shift in product(numbers, (-1, 0, 1)) if number + shift > 0})
-    candidates = [(Kind.CAUSAL, 0), (Kind.BIDIRECTIONAL, 0)]
-    candidates += product((Kind.SLIDING, Kind.CHUNKED, Kind.BIDIRECTIONAL, Kind.BLOCK_CAUSAL), windows)
-    for length in [each for each in lengths if each <= limit] or [limit]:
-        truth = _pattern(_evaluate(program, nodes, first, length), length, hides)
-        if truth is None:
-            return None
-        positions = torch.arange(length)
+    lengths = {3, 17, 66, *(multiple * number + 1 for multiple, number in product((1, 2), numbers))}
+    candidates: list[tuple[Kind, int]] | None = None
+    for length in sorted({min(each, limit) for each in lengths}, reverse=True):
+        values = _evaluate(program, nodes, first, length)
+        positions, truth = torch.arange(length), torch.ones(length, length, dtype=torch.bool)
+        for mask in (*shows, *hides):
+            pattern = _pattern(values[mask], length, mask in hides) if values else None
+            if pattern is None:
+                return None
+            truth = truth & pattern
+        if candidates is None:  # the longest mask shows the window, if there is one
+            candidates = [(Kind.CAUSAL, 0), (Kind.BIDIRECTIONAL, 0)]
+            candidates += product((Kind.SLIDING, Kind.CHUNKED, Kind.BIDIRECTIONAL, Kind.BLOCK_CAUSAL), _windows(truth))
         candidates = [each for each in candidates if _agrees(each, positions, truth)]
     return candidates[0] if candidates else None
+
+
+def _windows(truth: Tensor) -> list[int]:
+    """Sizes that a pattern [S, S] may have: what the last query sees, what the first sees, how long that is seen."""
+    last, first, seen = int(truth[-1].sum()), int(truth[0].sum()), int(truth[:, 0].sum())
+    return sorted({size for size in (last, first, first - 1, seen) if size > 0})
 
 
 def _agrees(candidate: tuple[Kind, int], positions: Tensor, truth: Tensor) -> bool:
@@ -130,9 +142,9 @@ def _agrees(candidate: tuple[Kind, int], positions: Tensor, truth: Tensor) -> bo
     return bool(truth.all()) if pattern is None else torch.equal(truth, pattern)
 
 
-def _made_from_sizes(node: fx.Node) -> list[fx.Node] | None:
-    """What computes `node`, in graph order, if no input's content takes part in it."""
-    needed, pending = {node}, [node]
+def _made_from_sizes(results: Sequence[fx.Node]) -> list[fx.Node] | None:
+    """What computes `results`, in graph order, if no input's content takes part in it."""
+    needed, pending = set(results), list(results)
     while pending:
         current = pending.pop()
         if current.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ()):
@@ -142,7 +154,7 @@ def _made_from_sizes(node: fx.Node) -> list[fx.Node] | None:
             operands = [operand for operand in operands if not isinstance(operand.meta.get("val"), Tensor)]
         pending += [operand for operand in operands if operand not in needed]
         needed.update(operands)
-    return [each for each in node.graph.nodes if each in needed]
+    return [each for each in results[0].graph.nodes if each in needed]
 
 
 def _numbers(program: Program, node: fx.Node) -> Iterator[int]:
@@ -157,8 +169,8 @@ def _numbers(program: Program, node: fx.Node) -> Iterator[int]:
             yield abs(int(value))
 
 
-def _evaluate(program: Program, nodes: list[fx.Node], first: fx.Node, length: int) -> Tensor | None:
-    """The last of `nodes` at a batch of two and this length; None where the graph does not run at it."""
+def _evaluate(program: Program, nodes: list[fx.Node], first: fx.Node, length: int) -> dict[fx.Node, Any]:
+    """The values of `nodes` at a batch of two and this length; empty where the graph does not run at it."""
     sizes: dict[sympy.Symbol, int] = {}
     for size, number in zip(first.meta["val"].shape[:2], (2, length), strict=False):
         if isinstance(size, torch.SymInt):
@@ -182,14 +194,12 @@ def _evaluate(program: Program, nodes: list[fx.Node], first: fx.Node, length: in
             args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, IndexError, TypeError):  # e.g. a size that depends on another symbol
-            return None
-    return values[nodes[-1]]
+            return {}
+    return values
 
 
-def _pattern(mask: Tensor | None, length: int, hides: bool) -> Tensor | None:
+def _pattern(mask: Tensor, length: int, hides: bool) -> Tensor | None:
     """Where a query may attend, [length, length], if the mask is the same for every sequence and head."""
-    if mask is None:
-        return None
     if mask.dtype == torch.bool:
         allowed = ~mask if hides else mask
     elif bool(((mask == 0) | (mask <= HIDDEN)).all()):
