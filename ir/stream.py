@@ -128,6 +128,9 @@ def find_stream(program: Program) -> ResidualStream:
             hint="Layer and FFN skipping need residual connections.",
         )
     sublayers = _number([finder.sublayer(*site) for site in found])
+    if len(sublayers) > 1:
+        # A norm behind the last sublayer is the head's, or the stream's if those before it are.
+        sublayers[-1] = replace(sublayers[-1], post_norm=sublayers[-2].post_norm)
     return ResidualStream(tuple(sublayers), sublayers[0].stream, sublayers[-1].add)
 
 
@@ -188,9 +191,10 @@ class _Finder:
         leaves = self._leaves(add, add)
         for split in ([*add.args[:2]], leaves) if len(leaves) > 2 else ([*add.args[:2]],):
             for candidate in split:
-                stream, skip = self._through(candidate)  # type: ignore[arg-type]
-                branches = [leaf for leaf in split if leaf is not candidate]
-                sources = [_behind_casts(leaf) for leaf in branches]  # type: ignore[arg-type]
+                sources = [_behind_casts(leaf) for leaf in split if leaf is not candidate]
+                stream, skip = _behind_casts(candidate), Skip()
+                if not all(self.dominates(stream, source) for source in sources):
+                    stream, skip = self._through(candidate)  # type: ignore[arg-type]
                 if stream is self.root or not all(self.dominates(stream, source) for source in sources):
                     continue
                 sources = self._split(stream, sources)

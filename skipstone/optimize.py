@@ -26,7 +26,7 @@ from skipstone.passes.cast import CastToFloat32
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.plan import Plan
-from skipstone.report import Footprint, Report, Stage
+from skipstone.report import Conversion, Footprint, Report, Stage
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.session import Session
 
@@ -96,6 +96,7 @@ def optimize(
         before=footprint(captured),
         after=footprint(program),
         stages=tuple(stages.done),
+        conversions=conversions(captured, program),
         cache=_cache_line(program, refusal, cache),
     )
     return Executable(
@@ -154,6 +155,19 @@ def footprint(program: Program) -> Footprint:
         kv_bytes_per_token=_kv_bytes_per_token(program),
         nodes=sum(1 for _ in program.nodes()),
     )
+
+
+def conversions(before: Program, after: Program) -> tuple[Conversion, ...]:
+    """The weights that a rewritten program holds in another dtype than the captured one, by dtype."""
+    own = before.tensors()
+    pairs: dict[tuple[str, str], list[int]] = {}
+    for name, tensor in after.tensors().items():
+        if name in own and own[name].dtype != tensor.dtype:
+            dtypes = tuple(str(each.dtype).removeprefix("torch.") for each in (own[name], tensor))
+            sizes = pairs.setdefault(dtypes, [0, 0, 0])  # type: ignore[arg-type]
+            for place, amount in enumerate((1, own[name].nbytes, tensor.nbytes)):
+                sizes[place] += amount
+    return tuple(Conversion(*dtypes, *sizes) for dtypes, sizes in pairs.items())
 
 
 def _kv_bytes_per_token(program: Program) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from skipstone.optimize import optimize
 from skipstone.passes.base import Remark, Status
 from skipstone.report import Conversion, Footprint, Report, Stage, Timing, format_bytes, format_count, measure
+from tests import models
 
 BEFORE = Footprint(24, 12, 12, flops=2.2e8, weight_bytes=400 * 2**20, kv_bytes_per_token=73728, nodes=900)
 AFTER = Footprint(22, 11, 11, flops=1.1e8, weight_bytes=300 * 2**20, kv_bytes_per_token=67584, nodes=800)
@@ -173,3 +176,15 @@ def tiny_llama():
         max_position_embeddings=64,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def test_optimize_reports_converted_weights() -> None:
+    model = copy.deepcopy(models.model("llama")).to(torch.bfloat16)
+    report = optimize(model, target="onnxruntime", progress=False).report
+    (conversion,) = report.conversions
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert (conversion.source, conversion.target) == ("bfloat16", "float32")
+    assert size <= conversion.bytes_before < size + 100, "the weights, and the frequencies of the rotary embedding"
+    assert conversion.bytes_after == 2 * conversion.bytes_before
+    assert "bfloat16 to float32" in str(report)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -8,11 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.stream import SublayerKind, find_stream
 from tests import models
+from tests.tiny_models import LAYERS, tiny_model
 
+FORMS = ("pre", "sandwich", "scaled", "branch scaled", "post")
 A, F, O = SublayerKind.ATTENTION, SublayerKind.FFN, SublayerKind.OTHER  # noqa: E741
 
 
@@ -40,8 +43,27 @@ def test_experts_belong_to_one_ffn() -> None:
     assert kinds == [A, F] * 3
 
 
+ARCHITECTURES = {
+    "olmo2": {"parallel": False, "post_norm": False},  # norms behind the branches
+    "phi": {"parallel": True, "post_norm": False},
+    "gptj": {"parallel": True, "post_norm": False},
+    "granitemoe": {"parallel": False, "post_norm": False},  # scaled branches, experts
+    "bert:decoder": {"parallel": False, "post_norm": True},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_real_architectures(name: str) -> None:
+    sublayers = find_stream(capture_huggingface(tiny_model(name))).sublayers
+    assert sorted((s.layer, s.kind) for s in sublayers) == [(layer, k) for layer in range(LAYERS) for k in (A, F)]
+    facts = ARCHITECTURES[name]
+    assert {s.parallel for s in sublayers} == {facts["parallel"]}
+    assert {s.post_norm for s in sublayers} == {facts["post_norm"]}
+    assert all(s.skip.is_identity for s in sublayers)
+
+
 class Drawn(nn.Module):
-    """A residual program whose structure is known: `pre`, `sandwich` or `scaled` sublayers of FFN or attention."""
+    """A residual program whose structure is known: sublayers of FFN or attention in one of the forms of `FORMS`."""
 
     def __init__(self, shape: list[tuple[str, SublayerKind]]) -> None:
         super().__init__()
@@ -53,24 +75,28 @@ class Drawn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.entry(x)
         for index, (form, kind) in enumerate(self.shape):
-            y = self.inner[index](self.norms[2 * index](x))
+            y = self.inner[index](x if form == "post" else self.norms[2 * index](x))
             if kind is A:
                 q, k, v = (part.unsqueeze(1) for part in y.chunk(3, -1))
                 y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
             if form == "sandwich":
                 y = self.norms[2 * index + 1](y)
+            if form == "branch scaled":
+                y = y * 0.5
             x = (0.5 * x if form == "scaled" else x) + y
+            if form == "post":
+                x = self.norms[2 * index + 1](x)
         return self.head(x)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    st.lists(st.tuples(st.sampled_from(["pre", "sandwich", "scaled"]), st.sampled_from([A, F])), min_size=1, max_size=4)
-)
+@given(st.lists(st.tuples(st.sampled_from(FORMS), st.sampled_from([A, F])), min_size=1, max_size=4))
 def test_random_residual_programs(shape: list[tuple[str, SublayerKind]]) -> None:
     stream = find_stream(capture_module(Drawn(shape).eval(), {"x": torch.randn(2, 5, 8)}))
     assert [s.kind for s in stream.sublayers] == [kind for _, kind in shape]
     assert [s.skip.factor for s in stream.sublayers] == [0.5 if form == "scaled" else 1.0 for form, _ in shape]
+    last = len(shape) - 1  # behind the last sublayer a norm is that of the head
+    assert [s.post_norm for s in stream.sublayers[:last]] == [form == "post" for form, _ in shape[:last]]
 
 
 def test_a_plain_chain_has_no_stream() -> None:
