@@ -17,6 +17,7 @@ from skipstone.ir.dialect import ATTENTION
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream
+from skipstone.optimize import optimize
 from skipstone.passes.base import run_pass
 from skipstone.passes.skip_sublayers import SkipSublayers
 from tests.workloads import WORKLOADS
@@ -50,6 +51,9 @@ SKIPPED: dict[str, str] = {
     "var_block_causal": "blocks.1.attention",
 }
 """Module path of the sublayer that is left out; its last linear layer is what the reference zeroes."""
+
+QUICK = ("cross_attention", "explicit_mask")
+"""Lowered to ONNX in every run; the others in the longer one."""
 
 NO_STREAM = ("delta_residual", "hyper_connections")
 
@@ -102,6 +106,45 @@ def test_skipped_sublayer_equals_module_without_it(name: str) -> None:
     skipped = run_pass(SkipSublayers(paths=(path,)), program)
     for batch, sequence in SIZES:
         assert_equal(skipped, zeroed(module, path), sample(name, batch, sequence))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WORKLOADS]
+)
+def test_optimized_workload_equals_module(name: str) -> None:
+    workload = importlib.import_module(f"tests.workloads.{name}")
+    module, example = workload.build()
+    dynamic = getattr(workload, "DYNAMIC", None)
+    opt = optimize(module, example_inputs=example, dynamic_shapes=dynamic, target="onnxruntime", progress=False)
+    for batch, sequence in SIZES:
+        inputs = sample(name, batch, sequence)
+        with torch.no_grad():
+            expected, actual = pytree.tree_leaves(module(**inputs)), pytree.tree_leaves(opt(**inputs))
+        assert max(relative_difference(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-4
+
+
+class Named(nn.Module):
+    """A module that calls its result logits, which makes it a language model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.module(input_ids, position_ids)}
+
+
+def test_a_plain_decoder_generates_through_a_cache() -> None:
+    """Its causal mask is made inside and its keys are repeated for the heads: both are recognised."""
+    module, example = captured("matmul_attention")[0], sample("matmul_attention", 2, 9)
+    opt = optimize(Named(module).eval(), example_inputs=example, target="eager", progress=False)
+    assert opt.supports_cache, opt.cache_refusal
+    tokens = opt.generate(example["input_ids"], max_new_tokens=6, do_sample=False)
+    for length in range(9, 15):
+        positions = torch.arange(length).repeat(2, 1)
+        with torch.no_grad():
+            expected = module(tokens[:, :length], positions)[:, -1].argmax(-1)
+        assert torch.equal(tokens[:, length], expected)
 
 
 @pytest.mark.parametrize("name", NO_STREAM)
