@@ -145,12 +145,15 @@ def footprint(program: Program) -> Footprint:
         sublayers = find_stream(program).sublayers
     except Unsupported:
         sublayers = ()
-    figures = evaluate(cost(program), batch=1, sequence=1, others=example_sizes(program))
+    try:
+        flops = evaluate(cost(program), batch=1, sequence=1, others=example_sizes(program))["flops"]
+    except UserError:  # sizes inside the graph follow from the data
+        flops = None
     return Footprint(
         sublayers=len(sublayers),
         attention=sum(s.kind is SublayerKind.ATTENTION for s in sublayers),
         ffn=sum(s.kind is SublayerKind.FFN for s in sublayers),
-        flops=figures["flops"],
+        flops=flops,
         weight_bytes=program.weight_bytes(),
         kv_bytes_per_token=_kv_bytes_per_token(program),
         nodes=sum(1 for _ in program.nodes()),

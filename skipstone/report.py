@@ -52,7 +52,7 @@ class Footprint:
 
     Attributes:
         sublayers, attention, ffn: how many sublayers there are, and how many of them are of that kind.
-        flops: floating point operations for one token, that attention to earlier ones adds to.
+        flops: floating point operations for one token, that attention to earlier ones adds to; None where data decide.
         weight_bytes: bytes of weights.
         kv_bytes_per_token: bytes of keys and values that each token adds.
         nodes: operators of the graph.
@@ -61,7 +61,7 @@ class Footprint:
     sublayers: int
     attention: int
     ffn: int
-    flops: float
+    flops: float | None
     weight_bytes: float
     kv_bytes_per_token: float
     nodes: int
@@ -347,8 +347,9 @@ def _sublayers(footprint: Footprint) -> str:
     return f"{footprint.sublayers} ({kinds})"
 
 
-def _pair(before: float, after: float, form: Any) -> tuple[str, str, str]:
-    return form(before), form(after), _share(after, before)
+def _pair(before: float | None, after: float | None, form: Any) -> tuple[str, str, str]:
+    texts = ["depends on the data" if each is None else form(each) for each in (before, after)]
+    return texts[0], texts[1], "" if before is None or after is None else _share(after, before)
 
 
 def _times(before: float | None, after: float | None) -> tuple[str, str, str]:

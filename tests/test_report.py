@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +177,11 @@ def tiny_llama():
         max_position_embeddings=64,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def test_flops_that_depend_on_the_data_are_said_to() -> None:
+    report = replace(full_report(), after=replace(AFTER, flops=None))
+    assert "FLOPs a token 220 M depends on the data" in " ".join(str(report).replace("│", " ").split())
 
 
 def test_optimize_reports_converted_weights() -> None:
