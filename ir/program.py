@@ -63,6 +63,7 @@ class Source:
         max_positions: the largest sequence it has positions for, if it says so.
         parameters: number of parameters, shared ones counted once.
         fingerprint: sha256 over parameter names, shapes, dtypes and a sample of their values.
+        first_position: what the model calls the position of the first token where it is not told (RoBERTa: not 0).
     """
 
     name: str
@@ -72,6 +73,7 @@ class Source:
     max_positions: int | None
     parameters: int
     fingerprint: str
+    first_position: int = 0
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,9 @@ class Executable:
             return
         positions, padding = self._input_name(Role.POSITIONS), self._input_name(Role.PADDING)
         if positions and values.get(positions) is None:
-            values[positions] = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).contiguous()
+            first = self.program.source.first_position
+            columns = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+            values[positions] = columns.expand(tokens.shape).contiguous()
         if padding and values.get(padding) is None:
             values[padding] = torch.ones_like(tokens)
 
@@ -387,7 +389,7 @@ class TokenModel(Executable):
         if positions is None:
             # Padding repeats the last valid position: it must not run past the table of learned positions.
             offsets = torch.arange(width, device=tokens.device).minimum((layout.counts - 1).clamp(min=0).unsqueeze(1))
-            positions = start.unsqueeze(1) + offsets
+            positions = start.unsqueeze(1) + offsets + self.program.source.first_position
         if not self.supports_cache:
             return self._recompute(tokens, positions, rows, extra or {})
         if cache is None:

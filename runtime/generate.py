@@ -314,7 +314,8 @@ class CausalLM(TokenModel, GenerationMixin):
         if positions.dim() != 2 or positions.shape[1] != tokens.shape[1] or len(positions) not in (1, len(tokens)):
             shapes = f"{list(positions.shape)}, input_ids has {list(tokens.shape)}"
             raise InvalidInput(f"position_ids has shape {shapes}.", hint="Give one position a token.")
-        bound = self.program.source.max_positions
+        source = self.program.source
+        bound = None if source.max_positions is None else source.max_positions + source.first_position
         if int(positions.min()) < 0 or (bound is not None and int(positions.max()) >= bound):
             raise InvalidInput(f"position_ids reaches outside [0, {bound}).")
         return positions.expand(tokens.shape).contiguous()
@@ -363,7 +364,7 @@ def generate_tokens(
     batch, width = tokens.shape
     cache = model.new_cache(batch, width)
     last = (layout.counts - 1).unsqueeze(1)
-    position = layout.counts.unsqueeze(1)
+    position = layout.counts.unsqueeze(1) + model.program.source.first_position
     if positions is not None:
         positions = layout.to_front(positions.expand(batch, width).to(model.device))
         position = positions.gather(1, last) + 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from skipstone.ir.capture.attention import recognise_attention
 from skipstone.ir.capture.experts import recognise_experts
 from skipstone.ir.capture.exported import ROOT, export, named, refuse_unusable, source_of, to_program
 from skipstone.ir.capture.masks import classify
-from skipstone.ir.capture.validate import compare
+from skipstone.ir.capture.validate import TOLERANCE, compare, relative_difference
 from skipstone.ir.dialect import ATTENTION, Kind, attention
 from skipstone.ir.errors import Unsupported, UserError
 from skipstone.ir.program import Program, Role
@@ -183,7 +183,11 @@ def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Ten
     )
     causal = example_inputs is None and model.can_generate() and not model.config.is_encoder_decoder
     inputs = dict(example_inputs) if example_inputs is not None else _example(model, source.vocabulary, causal)
-    wrapper = _causal(model) if causal else named(model, inputs, _tensors)
+    wrapper: nn.Module = named(model, inputs, _tensors)
+    if causal:
+        wrapper, first = _causal(model, inputs)
+        limit = source.max_positions
+        source = replace(source, first_position=first, max_positions=None if limit is None else limit - first)
     try:
         program = _capture(model, wrapper, inputs, source, causal, seam=True)
         if causal and _sees_ahead(program):  # an encoder, whose tokens see padding unless they are told of it
@@ -350,6 +354,27 @@ def _example(model: PreTrainedModel, vocabulary: int | None, causal: bool) -> di
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _causal(model: PreTrainedModel) -> _CausalForward:
+def _causal(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[_CausalForward, int]:
+    """The model with positions as an input, and the first position where it counts by itself.
+
+    That is 0, or in RoBERTa behind the padding token. A model that counts in another way is not told positions.
+    """
     accepted = inspect.signature(model.forward).parameters
-    return _CausalForward(model, "position_ids" in accepted, "attention_mask" in accepted)
+    mask = "attention_mask" in accepted
+    own, given = (_CausalForward(model, positions, mask) for positions in (False, True))
+    if "position_ids" not in accepted:
+        return own, 0
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    tokens = inputs["input_ids"]
+    if pad is not None:  # a token that some models do not count
+        inputs = {**inputs, "input_ids": tokens.masked_fill(tokens == pad, pad + 1 if pad == 0 else pad - 1)}
+    expected = _outputs(model, own, inputs, seam=False)["logits"]
+    for first in (0, 1 + (pad or 0)):
+        positions = inputs["position_ids"] + first
+        try:
+            outputs = _outputs(model, given, {**inputs, "position_ids": positions}, seam=False)
+        except Unsupported:
+            continue
+        if relative_difference(outputs["logits"], expected) <= TOLERANCE.get(expected.dtype, 0.0):
+            return given, first
+    return own, 0

@@ -29,7 +29,13 @@ def compare(program: Program, model: nn.Module, inputs: Mapping[str, Tensor]) ->
         sample = _resized(program, inputs, batch, min(length, limit))
         with torch.no_grad():
             expected = model(**sample)
-            actual = program.run(**{port.name: sample[port.name] for port in program.inputs})
+            try:
+                actual = program.run(**{port.name: sample[port.name] for port in program.inputs})
+            except (RuntimeError, IndexError, ValueError) as error:
+                raise Unsupported(
+                    f"this model: the captured graph fails at batch {batch}, length {length}, where the model does not "
+                    f"({(str(error).splitlines() or [''])[0]})"
+                ) from error
         expected = (expected,) if isinstance(expected, Tensor) else torch.utils._pytree.tree_leaves(expected)
         for want, (name, got) in zip(expected, actual.items(), strict=True):
             if not isinstance(want, Tensor):
@@ -70,6 +76,8 @@ def _resized(program: Program, inputs: Mapping[str, Tensor], batch: int, length:
             for symbol in size.node.expr.free_symbols:
                 sizes.setdefault(symbol, length if axis else batch)
             wanted = int(size.node.expr.subs(sizes))
+            if wanted < 1:
+                raise Unsupported(f"an input of size {size.node.expr}, which is {wanted} here", where=port.name)
             value = value.index_select(axis, torch.arange(wanted, device=value.device) % value.shape[axis])
         if port.role is Role.POSITIONS:
             value = torch.arange(value.shape[-1], device=value.device).expand_as(value)
