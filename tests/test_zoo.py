@@ -7,7 +7,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.tiny_models import VOCABULARY, tiny_model, tokens
-from tests.zoo import ARCHITECTURES, BUILDABLE, UNBUILDABLE, check
+from tests.zoo import ARCHITECTURES, BUILDABLE, CACHED, REFUSED, UNBUILDABLE, UNCACHED, check
 
 SAMPLE = ("llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "deepseek_v3", "lfm2")
 
@@ -34,6 +34,13 @@ def test_every_architecture_is_as_recorded(name: str) -> None:
 def test_the_table_knows_every_model_type_and_gives_reasons() -> None:
     assert not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - ARCHITECTURES.keys() - UNBUILDABLE.keys()
     assert all(entry.reason for entry in ARCHITECTURES.values() if not entry.cache)
+    assert len(ARCHITECTURES) == len(CACHED) + len(UNCACHED) + len(REFUSED), "an entry stands twice"
+
+
+def test_most_architectures_are_exact_and_many_generate_through_a_cache() -> None:
+    types = [ARCHITECTURES[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in ARCHITECTURES]
+    assert sum(entry.logits for entry in types) >= 115
+    assert sum(entry.cache for entry in types) >= 75
 
 
 @pytest.mark.slow

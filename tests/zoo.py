@@ -72,7 +72,134 @@ UNBUILDABLE: dict[str, str] = {
 BUILDABLE = tuple(name for name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS) if name not in UNBUILDABLE)
 """Model types and their variants of which `tiny_model` makes a model."""
 
-ARCHITECTURES: dict[str, Entry] = {}
+CACHED = tuple(
+    """afmoe apertus arcee aria_text axk1 beam bert-generation:decoder bert:decoder biogpt bitnet camembert:decoder
+    cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm data2vec-text:decoder deepseek_v2 deepseek_v3 diffllama
+    dots1 electra:decoder emu3 ernie4_5 ernie4_5_moe ernie:decoder exaone4 exaone_moe falcon falcon:new flex_olmo
+    flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite
+    got_ocr2 gpt-sw3 gpt2 gpt2:scaled gpt_bigcode gpt_neo gpt_neox gpt_neox:sequential gpt_oss gptj granite
+    granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hyperclovax internlm3 iquestcoder jais2 kolibri1 laguna llama llama:biased llama:linear llama:llama3 llama:yarn
+    megatron-bert:decoder mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral
+    mixtral:sliding mllama modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3 olmo:clipped olmoe opt
+    opt:post persimmon phi phi3 phi4_multimodal phi:normed phimoe qwen2 qwen2_moe qwen3 qwen3:sliding qwen3_moe
+    rembert:decoder roberta-prelayernorm:decoder roberta:decoder roc_bert:decoder seed_oss smollm3 solar_open
+    stablelm stablelm:parallel starcoder2 vaultgemma xlm-roberta-xl:decoder xlm-roberta:decoder youtu""".split()  # noqa: SIM905
+)
+"""Exact logits, and generation through a KV cache."""
+
+UNCACHED: dict[str, str] = {
+    "axk2": "attention argument 'indices' at model.layers.0.self_attn",
+    "bailing_hybrid": "conv1d is not known to keep tokens apart at model.layers.0.self_attn",
+    "bamba": "conv1d is not known to keep tokens apart at model.layers.0.mamba",
+    "bart": "add uses positions that the model counts itself at model.decoder",
+    "bert": "add uses positions that the model counts itself at bert.embeddings",
+    "bert-generation": "add uses positions that the model counts itself at bert.embeddings",
+    "big_bird": "add uses positions that the model counts itself at bert.embeddings",
+    "big_bird:decoder": "add uses positions that the model counts itself at bert.embeddings",
+    "bigbird_pegasus": "add uses positions that the model counts itself at model.decoder",
+    "blenderbot": "add uses positions that the model counts itself at model.decoder",
+    "blenderbot-small": "add uses positions that the model counts itself at model.decoder",
+    "bloom": "baddbmm pairs every token with every other at transformer.h.0.self_attention",
+    "bloom:post": "baddbmm pairs every token with every other at transformer.h.0.self_attention",
+    "camembert": "cumsum works along the sequence at roberta.embeddings",
+    "codegen": "matmul pairs every token with every other at transformer.h.0.attn",
+    "data2vec-text": "cumsum works along the sequence at data2vec_text.embeddings",
+    "deepseek_v32": "attention argument 'indices' at model.layers.0.self_attn",
+    "dots3_note": "attention argument 'indices' at model.layers.0.self_attn",
+    "dots3_note_text": "attention argument 'indices' at model.layers.0.self_attn",
+    "electra": "add uses positions that the model counts itself at electra.embeddings",
+    "ernie": "add uses positions that the model counts itself at ernie.embeddings",
+    "falcon:alibi": "this model: the captured graph differs from it in logits by 3.9e-02 of the range",
+    "falcon_h1": "conv1d is not known to keep tokens apart at model.layers.0.mamba",
+    "gemma3": "index_put is not known to keep tokens apart at model",
+    "gemma4": "attention with an explicit mask or bias at model.language_model.layers.2.self_attn",
+    "gemma4_text": "attention with an explicit mask or bias at model.layers.2.self_attn",
+    "gemma4_text:experts": "attention with an explicit mask or bias at model.layers.2.self_attn",
+    "gemma4_unified": "attention with an explicit mask or bias at model.language_model.layers.0.self_attn",
+    "glm_moe_dsa": "attention argument 'indices' at model.layers.0.self_attn",
+    "gpt_neox_japanese": "baddbmm pairs every token with every other at gpt_neox_japanese.layers.0.attention",
+    "granitemoehybrid": "conv1d is not known to keep tokens apart at model.layers.0.mamba",
+    "hy_v4": "attention argument 'indices' at model.layers.0.self_attn",
+    "inkling_text": "conv1d is not known to keep tokens apart at model.layers.0.self_attn.k_sconv",
+    "jetmoe": "sum works along the sequence at model.layers.0.self_attention.experts.router",
+    "kimi_linear": "conv1d is not known to keep tokens apart at model.layers.0.self_attn",
+    "lfm2": "conv1d is not known to keep tokens apart at model.layers.0.conv",
+    "lfm2_moe": "conv1d is not known to keep tokens apart at model.layers.0.conv",
+    "lfm3": "conv1d is not known to keep tokens apart at model.layers.0.conv",
+    "llama4": "mul uses positions that the model counts itself at model.layers.1.self_attn",
+    "llama4_text": "mul uses positions that the model counts itself at model.layers.1.self_attn",
+    "mamba2": "conv1d is not known to keep tokens apart at backbone.layers.0.mixer",
+    "marian": "add uses positions that the model counts itself at model.decoder",
+    "mbart": "add uses positions that the model counts itself at model.decoder",
+    "megatron-bert": "add uses positions that the model counts itself at bert.embeddings",
+    "minimax_m3_vl_text": "attention argument 'block_indices' at model.layers.0.self_attn",
+    "moss_transcribe_diarize": "mul uses positions that the model counts itself at language_model.layers.0.self_attn",
+    "mpt": "attention with an explicit mask or bias at transformer.blocks.0.attn",
+    "mpt:clipped": "attention with an explicit mask or bias at transformer.blocks.0.attn",
+    "mvp": "add uses positions that the model counts itself at model.decoder",
+    "nemotron_h": "conv1d is not known to keep tokens apart at model.layers.0.mixer",
+    "olmo_hybrid": "conv1d is not known to keep tokens apart at model.layers.0.linear_attn",
+    "openai-gpt": "matmul pairs every token with every other at transformer.h.0.attn",
+    "pegasus": "add uses positions that the model counts itself at model.decoder",
+    "plbart": "add uses positions that the model counts itself at model.decoder",
+    "prophetnet": "add uses positions that the model counts itself at prophetnet.decoder",
+    "qwen3_5": "conv1d is not known to keep tokens apart at model.layers.0.linear_attn",
+    "qwen3_5_moe": "conv1d is not known to keep tokens apart at model.layers.0.linear_attn",
+    "qwen3_5_moe_text": "conv1d is not known to keep tokens apart at model.layers.0.linear_attn",
+    "qwen3_5_text": "conv1d is not known to keep tokens apart at model.layers.0.linear_attn",
+    "qwen3_next": "conv1d is not known to keep tokens apart at model.layers.0.linear_attn",
+    "rembert": "add uses positions that the model counts itself at rembert.embeddings",
+    "roberta": "cumsum works along the sequence at roberta.embeddings",
+    "roberta-prelayernorm": "cumsum works along the sequence at roberta_prelayernorm.embeddings",
+    "roc_bert": "add uses positions that the model counts itself at roc_bert.embeddings",
+    "roformer": "mul uses positions that the model counts itself at roformer.encoder.layer.0.attention.self",
+    "roformer:decoder": "mul uses positions that the model counts itself at roformer.encoder.layer.0.attention.self",
+    "trocr": "add uses positions that the model counts itself at model.decoder",
+    "whisper": "add uses positions that the model counts itself at model.decoder",
+    "xglm": "index_select works along the sequence at model.embed_positions",
+    "xlm": "add uses positions that the model counts itself at transformer",
+    "xlm-roberta": "cumsum works along the sequence at roberta.embeddings",
+    "xlm-roberta-xl": "cumsum works along the sequence at roberta.embeddings",
+    "xlm:causal": "add uses positions that the model counts itself at transformer",
+    "xmod": "cumsum works along the sequence at roberta.embeddings",
+    "xmod:decoder": "index_put is not known to keep tokens apart at roberta.encoder.layer.0.output",
+    "zamba2": "conv1d is not known to keep tokens apart at model.layers.0.mamba",
+    "zaya": "pad is not known to keep tokens apart at model.layers.0.self_attn.qkv_proj",
+}
+"""Exact logits, but no KV cache, for this reason: each step recomputes the sequence."""
+
+REFUSED: dict[str, str] = {
+    "blt": "control flow that depends on tensor values at blt/modeling_blt.py:909",
+    "cpmant": "a sequence size fixed to 11 by the model's own code at input_ids",
+    "dbrx": "control flow that depends on tensor values at dbrx/modeling_dbrx.py:295",
+    "deepseek_v4": "sequence sizes below 8 at input_ids",
+    "doge": "sequence sizes below 9 at input_ids",
+    "falcon_mamba": "a sequence size fixed to 11 by the model's own code at input_ids",
+    "gemma3_text:bidirectional": "sequence sizes below 4 at input_ids",
+    "inkling2_text": "sequence sizes below 4 at input_ids",
+    "jamba": "a sequence size fixed to 11 by the model's own code at input_ids",
+    "llama:dynamic": "dynamic RoPE scaling, whose frequencies follow the longest position at model.rotary_emb",
+    "longcat_flash": "control flow that depends on tensor values at longcat_flash/modeling_longcat_flash.py:188",
+    "mamba": "a sequence size fixed to 11 by the model's own code at input_ids",
+    "minimax": "sequence sizes below 8 at input_ids",
+    "phi3:long": "longrope RoPE scaling, whose frequencies follow the longest position at model.rotary_emb",
+    "qwen4_exp": "control flow that depends on tensor values at qwen4_exp/modeling_qwen4_exp.py:733",
+    "qwen4_exp_text": "control flow that depends on tensor values at qwen4_exp/modeling_qwen4_exp.py:733",
+    "recurrent_gemma": "a sequence size fixed to 11 by the model's own code at input_ids",
+    "reformer": "the model does not run on this prompt (RuntimeError: upper bound and lower bound inconsistent)",
+    "rwkv": "a sequence size fixed to 11 by the model's own code at input_ids",
+    "xlnet": "a sequence size bound to others by the model's own code at input_ids",
+    "xlstm": "a sequence size fixed to 11 by the model's own code at input_ids",
+    "zamba": "a sequence size fixed to 11 by the model's own code at input_ids",
+}
+"""Not captured at all, for this reason."""
+
+ARCHITECTURES: dict[str, Entry] = {
+    **{name: Entry(True, True) for name in CACHED},
+    **{name: Entry(True, False, reason) for name, reason in UNCACHED.items()},
+    **{name: Entry(False, False, reason) for name, reason in REFUSED.items()},
+}
 """Model type or variant -> what is supported of it."""
 
 

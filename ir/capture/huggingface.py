@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import ModelOutput
@@ -184,6 +184,9 @@ def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Ten
     causal = example_inputs is None and model.can_generate() and not model.config.is_encoder_decoder
     inputs = dict(example_inputs) if example_inputs is not None else _example(model, source.vocabulary, causal)
     wrapper: nn.Module = named(model, inputs, _tensors)
+    if causal and _rewrites_tokens(model, inputs["input_ids"]):
+        causal, inputs = False, _example(model, source.vocabulary, False)
+        wrapper = named(model, inputs, _tensors)
     if causal:
         wrapper, first = _causal(model, inputs)
         limit = source.max_positions
@@ -216,6 +219,18 @@ def _refuse_stateful_rope(model: PreTrainedModel) -> None:
                     hint="Load it with another rope_type: 'yarn', 'llama3' and 'linear' scale all lengths alike, "
                     "'default' does not scale.",
                 )
+
+
+def _rewrites_tokens(model: PreTrainedModel, tokens: Tensor) -> bool:
+    """Whether the model generates from other tokens than it is given; XLM appends a mask token at each step."""
+    if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+        return False
+    try:
+        prepared = model.prepare_inputs_for_generation(tokens, attention_mask=torch.ones_like(tokens))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):  # it wants more than tokens
+        return False
+    used = prepared.get("input_ids")
+    return isinstance(used, Tensor) and not torch.equal(used, tokens)
 
 
 def _sees_ahead(program: Program) -> bool:
