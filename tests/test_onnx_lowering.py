@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import onnx
 import onnxruntime
@@ -20,6 +21,7 @@ from skipstone.passes.base import Pipeline
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.eager import EagerSession
+from skipstone.runtime.onnx import memory
 from skipstone.runtime.onnx.lower import lower
 from skipstone.runtime.onnx.session import OnnxSession
 from skipstone.runtime.session import Session
@@ -318,3 +320,14 @@ def test_attention_without_a_cache_keeps_its_mask():
     x = torch.randn(2, 6, 4)
     got = OnnxSession(program).run({"x": x})["output_0"]
     torch.testing.assert_close(got, program.run(x=x)["output_0"], atol=1e-6, rtol=1e-5)
+
+
+def test_memory_is_arranged_on_glibc_only(monkeypatch):
+    calls = []
+    library = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    for libc, expected in (("", 0), ("glibc", 3)):
+        monkeypatch.setattr(memory.platform, "libc_ver", lambda libc=libc: (libc, ""))
+        with memory.large_blocks_apart():
+            pass
+        assert len(calls) == expected

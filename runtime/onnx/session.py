@@ -12,6 +12,7 @@ from torch import Tensor
 from skipstone.ir.program import Program, Role
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.onnx.lower import LoweredModel, lower
+from skipstone.runtime.onnx.memory import large_blocks_apart
 from skipstone.runtime.session import check_cache, slot_shapes, step_inputs
 
 
@@ -113,4 +114,5 @@ def _open(lowered: LoweredModel, threads: int | None) -> onnxruntime.InferenceSe
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     names = list(lowered.tensors)
     options.add_external_initializers(names, [share(lowered.tensors[name]) for name in names])
-    return onnxruntime.InferenceSession(lowered.proto, options, providers=["CPUExecutionProvider"])
+    with large_blocks_apart():
+        return onnxruntime.InferenceSession(lowered.proto, options, providers=["CPUExecutionProvider"])
