@@ -35,9 +35,12 @@ class InsertKVCache(Pass):
             raise program.cache_refusal
         if program.input(Role.TOKENS) is None or program.output(Role.LOGITS) is None:
             raise Unsupported("a KV cache for a program without tokens and logits", hint="Use cache=False.")
-        prove_cacheable(program)
-        if other := [port.name for port in program.inputs if port.role not in (Role.TOKENS, Role.POSITIONS)]:
+        known = (Role.TOKENS, Role.POSITIONS, Role.PADDING)
+        if other := [port.name for port in program.inputs if port.role not in known]:
             raise Unsupported(f"a KV cache for a program with a further input ({other[0]})", hint="Use cache=False.")
+        prove_cacheable(program)
+        if program.input(Role.PADDING) is not None:
+            raise Unsupported("a KV cache for a program with a padding mask", hint="Use cache=False.")
         if not any(True for _ in program.nodes(ATTENTION)):
             raise Unsupported("a KV cache: no attention was recognised in the model", hint="Use cache=False.")
 

@@ -176,7 +176,7 @@ def conversions(before: Program, after: Program) -> tuple[Conversion, ...]:
 def _kv_bytes_per_token(program: Program) -> int:
     total = 0
     for node in program.nodes(*ATTENTION_OPS):
-        for operand in node.args[1:3] if node.kwargs["slot"] != -1 else ():
+        for operand in node.args[1:3] if node.kwargs.get("slot", -1) != -1 else ():
             value = operand.meta["val"]  # type: ignore[union-attr]
             total += int(value.shape[1]) * int(value.shape[3]) * value.element_size()
     return total

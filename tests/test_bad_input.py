@@ -268,7 +268,7 @@ def test_an_interrupt_in_the_middle_of_tracing(monkeypatch: pytest.MonkeyPatch) 
 
     def interrupted(x: Tensor) -> Tensor:
         calls.append(type(x))
-        if len(calls) > 1:
+        if type(x) is not Tensor:
             raise KeyboardInterrupt
         return type(mlp).forward(mlp, x)
 
@@ -277,7 +277,7 @@ def test_an_interrupt_in_the_middle_of_tracing(monkeypatch: pytest.MonkeyPatch) 
         before = state(model())
         with pytest.raises(KeyboardInterrupt):
             skipstone.optimize(model(), target="eager", progress=False)
-        assert calls[0] is Tensor and calls[1] is not Tensor
+        assert calls[0] is Tensor and calls[-1] is not Tensor
         assert state(model()) == before
     ids = torch.randint(3, VOCABULARY, (2, 7))
     assert torch.equal(model()(ids).logits, llama()(ids).logits)
