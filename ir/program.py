@@ -108,6 +108,7 @@ class Program:
         source: facts about the captured model.
         output_spec: how the user's model structured its outputs.
         cache_refusal: why this program can have no KV cache, where the capture knows it already.
+        calibration: statistics of real data that passes may ask for, by name; see `skipstone.ir.statistics`.
         history: what has been done to the program, in order.
     """
 
@@ -117,6 +118,7 @@ class Program:
     source: Source
     output_spec: TreeSpec | None = None
     cache_refusal: Unsupported | None = None
+    calibration: dict[str, Tensor] = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
 
     @property

@@ -51,14 +51,14 @@ class InsertKVCache(Pass):
         remarks, results = [], []
         for slot, node in enumerate(list(program.nodes(ATTENTION))):
             q, k, v = (argument for argument in node.args[:3])
-            sinks = node.args[5] if len(node.args) > 5 else None
+            constants = node.args[5:]  # sinks, key bias and its frequencies
             caches = [
                 _placeholder(program, Port(f"{which}_{slot}", role, slot), _like_cache(program, value))  # type: ignore[arg-type]
                 for which, role, value in (("key", Role.CACHE_KEY, k), ("value", Role.CACHE_VALUE, v))
             ]
             with provenance(program, self.name, like=node), program.graph.inserting_before(node):
                 options = {**node.kwargs, "slot": slot}
-                call = program.graph.call_function(CACHED_ATTENTION, (q, k, v, *caches, start, None, sinks), options)
+                call = program.graph.call_function(CACHED_ATTENTION, (q, k, v, *caches, start, None, *constants), options)
                 call.meta["val"] = fake_value(call)
                 out, new_key, new_value = (program.graph.call_function(operator.getitem, (call, i)) for i in range(3))
             for index, item in enumerate((out, new_key, new_value)):
