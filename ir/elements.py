@@ -1,7 +1,8 @@
 """Element types of quantized tensors: small integers, small floats and powers of two, as codes in bytes.
 
-Everything here is exact to definition and plain PyTorch arithmetic, because many operators lack the 8-bit float types.
-Rounding is to nearest, ties to even; what lies beyond the largest value saturates.
+Codes are plain integers and coding is plain arithmetic, exact to definition from float32 and float64 alike: many
+operators lack the 8-bit float types. Rounding is to nearest, ties to even; what lies beyond the largest value
+saturates.
 """
 
 from __future__ import annotations
@@ -61,29 +62,21 @@ class Element(ABC):
 
 @dataclass(frozen=True)
 class Integer(Element):
-    """The integers from `low` to `high`, stored as value + `bias`. NaN, which they cannot hold, becomes 0.
-
-    Four bits are stored without a sign and packed, eight bits as int8.
-    """
+    """The integers from `low` to `high`, stored as value + `bias`. NaN, which they cannot hold, becomes 0."""
 
     low: int
     high: int
     bias: int = 0
+    storage: torch.dtype = torch.int8
     packed: bool = False
 
-    @property
-    def storage(self) -> torch.dtype:  # type: ignore[override]
-        return torch.uint8 if self.packed else torch.int8
-
     def encode(self, x: Tensor) -> Tensor:
-        values = torch.round(x).clamp(self.low, self.high).nan_to_num(0.0)
-        codes = (values + self.bias).to(self.storage)
+        codes = (torch.round(x).clamp(self.low, self.high).nan_to_num(0.0) + self.bias).to(self.storage)
         return pack(codes, fill=self.bias) if self.packed else codes
 
     def decode(self, codes: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
-        if self.packed:
-            codes = unpack(codes, elements)
-        return codes.to(dtype) - self.bias if self.bias else codes.to(dtype)
+        values = (unpack(codes, elements) if self.packed else codes).to(dtype)
+        return values - self.bias if self.bias else values
 
     def spacing(self, x: Tensor) -> Tensor:
         return torch.ones_like(x)
@@ -96,40 +89,34 @@ class Float(Element):
     Attributes:
         mantissa_bits: stored bits of the mantissa.
         lowest_exponent: of the smallest normal number, as a power of two.
-        high: largest value.
-        sign: code of -0.
-        nan: code of NaN; a type that has none takes 0 for it.
+        sign: code of -0; codes below it are the magnitudes, in rising order.
+        nan: code of NaN. A type that has none takes 0 for it.
     """
 
     mantissa_bits: int
     lowest_exponent: int
+    low: float
     high: float
     sign: int
     nan: int = 0
+    storage: torch.dtype = torch.uint8
     packed: bool = False
-
-    storage = torch.uint8
-
-    @property
-    def low(self) -> float:  # type: ignore[override]
-        return -self.high
 
     def encode(self, x: Tensor) -> Tensor:
         magnitude = x.abs().clamp(max=self.high)
         exponent = self._exponent(magnitude)
-        # Codes count the magnitudes upwards, also across powers of two; a mantissa that rounds up carries by itself.
-        steps = torch.round(magnitude / self._step(exponent)) + (
+        # A mantissa that rounds up to the next power of two carries into the exponent by itself.
+        codes = torch.round(magnitude / self._step(exponent)) + (
             (exponent - self.lowest_exponent) << self.mantissa_bits
         )
-        codes = torch.where(torch.signbit(x), steps + self.sign, steps)
-        codes = torch.where(torch.isnan(x), self.nan, codes).to(torch.uint8)
+        codes = torch.where(torch.signbit(x), codes + self.sign, codes)
+        codes = torch.where(torch.isnan(x), self.nan, codes).to(self.storage)
         return pack(codes) if self.packed else codes
 
     def decode(self, codes: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
-        if not self.packed:
-            return codes.view(torch.float8_e4m3fn).to(dtype)
-        values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=dtype, device=codes.device)
-        return torch.cat([values, -values])[unpack(codes, elements).to(torch.int32)]
+        if self.packed:
+            codes = unpack(codes, elements)
+        return self._values(codes.device).to(dtype)[codes.to(torch.int32)]
 
     def spacing(self, x: Tensor) -> Tensor:
         return self._step(self._exponent(x.abs().clamp(max=self.high))).to(x.dtype)
@@ -140,13 +127,23 @@ class Float(Element):
     def _step(self, exponent: Tensor) -> Tensor:
         return power_of_two(exponent - self.mantissa_bits)
 
+    def _values(self, device: torch.device) -> Tensor:
+        """The value of every code, float32 [2 * sign]."""
+        magnitudes = torch.arange(self.sign, dtype=torch.int32, device=device)
+        exponent, mantissa = magnitudes >> self.mantissa_bits, magnitudes & ((1 << self.mantissa_bits) - 1)
+        mantissa = torch.where(exponent == 0, mantissa, mantissa + (1 << self.mantissa_bits))
+        values = mantissa * self._step(exponent.clamp(min=1) - 1 + self.lowest_exponent)
+        if self.nan:
+            values = torch.where(magnitudes == self.nan, torch.nan, values)
+        return torch.cat((values, -values))
+
 
 INT8 = Integer(-127, 127)
 INT8_FULL = Integer(-128, 127)
-INT4 = Integer(-8, 7, bias=8, packed=True)
-UINT4 = Integer(0, 15, packed=True)
-E2M1 = Float(mantissa_bits=1, lowest_exponent=0, high=6.0, sign=8, packed=True)
-E4M3 = Float(mantissa_bits=3, lowest_exponent=-6, high=448.0, sign=128, nan=127)
+INT4 = Integer(-8, 7, bias=8, storage=torch.uint8, packed=True)
+UINT4 = Integer(0, 15, storage=torch.uint8, packed=True)
+E2M1 = Float(mantissa_bits=1, lowest_exponent=0, low=-6.0, high=6.0, sign=8, packed=True)
+E4M3 = Float(mantissa_bits=3, lowest_exponent=-6, low=-448.0, high=448.0, sign=128, nan=127)
 
 
 def pack(codes: Tensor, fill: int = 0) -> Tensor:

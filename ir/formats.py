@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,221 +34,11 @@ from skipstone.ir.elements import (
     encode_e8m0,
     floor_log2,
 )
-from skipstone.ir.errors import InvalidInput, InvalidPlan
-
-Static = Literal["", "channel", "head"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One buffer of a stored tensor: [B, KH, rows, width] of `dtype`, a row for every `tokens` tokens."""
-
-    name: str
-    dtype: torch.dtype
-    width: int
-    tokens: int = 1
-
-
-class Format(ABC):
-    """How one K or V tensor is stored. Formats are values: equal when their canonical names are.
-
-    Attributes:
-        name: canonical name, which `parse` reads back.
-        bits: of one code. `Full`, which stores the model's own dtype, counts as 16.
-        static: the tensor that has to be known beforehand: none, a scale per channel [KH, D], or one number per head
-            [KH, 1]; float32.
-        group_tokens: how many consecutive tokens share a scale and are therefore encoded together.
-    """
-
-    bits: int
-    static: Static = ""
-    group_tokens: int = 1
-
-    @property
-    @abstractmethod
-    def name(self) -> str: ...
-
-    @abstractmethod
-    def check(self, width: int) -> None:
-        """Refuse a head size that the format does not fit.
-
-        Raises:
-            InvalidPlan: with the nearest choice that fits.
-        """
-
-    @abstractmethod
-    def parts(self, width: int, dtype: torch.dtype) -> tuple[Part, ...]:
-        """The buffers, codes first, for a head size and the model's dtype."""
-
-    @abstractmethod
-    def encode(self, x: Tensor, static: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Codes and scales of x, in float32 arithmetic (float64 for float64 x).
-
-        Args:
-            x: [B, KH, T, D], any float dtype; T a multiple of `group_tokens`.
-            static: float32 [KH, D] or [KH, 1], if `static` asks for one.
-        Returns:
-            One tensor [B, KH, rows, width] for each of `parts`.
-        Raises:
-            InvalidPlan: D does not fit.
-            InvalidInput: `static` is missing, or T ends within a group.
-        """
-
-    @abstractmethod
-    def decode(self, parts: Sequence[Tensor], static: Tensor | None, dtype: torch.dtype, width: int) -> Tensor:
-        """The values that `parts` stand for: `dtype` [B, KH, T, D] with D = `width`.
-
-        T is the rows of the codes; it need not be a multiple of `group_tokens`.
-        """
-
-    @abstractmethod
-    def error_bound(self, x: Tensor, static: Tensor | None = None) -> Tensor:
-        """Elementwise upper bound of ``|x - decode(encode(x))|`` when decoded to the dtype that encoding computes in.
-
-        Half the distance between neighbouring values, or what lies beyond the last one, and 2^-22 of the magnitude for
-        the arithmetic. Shape [B, KH, T, D], float32 or float64; NaN where x cannot be stored.
-        """
-
-    def token_bytes(self, width: int, dtype: torch.dtype) -> float:
-        """Bytes of one token in one head, scales included; static tensors, which do not grow, are not."""
-        return sum(part.width * part.dtype.itemsize / part.tokens for part in self.parts(width, dtype))
-
-    def static_from(self, minimum: Tensor, maximum: Tensor, margin: float) -> Tensor | None:
-        """The static tensor for calibrated ranges.
-
-        Args:
-            minimum, maximum: of every channel over the calibration data, [KH, D].
-            margin: factor of the ranges, >= 1, for values beyond what calibration saw.
-        Returns:
-            float32 [KH, D] or [KH, 1], or None when the format needs none.
-        Raises:
-            InvalidInput: ranges that are not finite, not ordered or not [KH, D]; a margin below 1 or not finite.
-        """
-        if minimum.ndim != 2 or minimum.shape != maximum.shape:
-            raise InvalidInput(
-                f"Calibrated ranges of {self.name} are two tensors [heads, channels], not {list(minimum.shape)} and "
-                f"{list(maximum.shape)}."
-            )
-        if not (minimum.isfinite().all() and maximum.isfinite().all()):
-            raise InvalidInput(
-                f"Calibrated ranges of {self.name} hold NaN or infinity.", hint="Look for them in the calibration data."
-            )
-        if (minimum > maximum).any():
-            raise InvalidInput(f"Calibrated ranges of {self.name} have a minimum above its maximum.")
-        if not (math.isfinite(margin) and margin >= 1):
-            raise InvalidInput(f"The margin of calibrated ranges is a finite number >= 1, not {margin}.")
-        return self._calibrated(torch.maximum(minimum.abs(), maximum.abs()).float(), margin)
-
-    def _calibrated(self, amax: Tensor, margin: float) -> Tensor | None:
-        return None
-
-
-@dataclass(frozen=True)
-class Full(Format):
-    """Not quantized: the model's own dtype."""
-
-    name = "full"
-    bits = 16
-
-    def check(self, width: int) -> None:
-        pass
-
-    def parts(self, width: int, dtype: torch.dtype) -> tuple[Part, ...]:
-        return (Part("codes", dtype, width),)
-
-    def encode(self, x: Tensor, static: Tensor | None = None) -> tuple[Tensor, ...]:
-        return (x,)
-
-    def decode(self, parts: Sequence[Tensor], static: Tensor | None, dtype: torch.dtype, width: int) -> Tensor:
-        return parts[0].to(dtype)
-
-    def error_bound(self, x: Tensor, static: Tensor | None = None) -> Tensor:
-        return torch.zeros_like(x, dtype=_wide(x.dtype))
-
-
-class Quantized(Format):
-    """``x^ = element * scale + offset``.
-
-    Attributes:
-        element: type of the codes.
-        group: how many channels share a scale; a head size is a multiple of it. 0 when all of a head do, or none.
-    """
-
-    element: Element
-    group: int = 0
-
-    @abstractmethod
-    def scales(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, ...]:
-        """The stored scales of x, float32 or float64 [B, KH, T, D], in the order and the dtypes of `parts`."""
-
-    @abstractmethod
-    def affine(self, scales: Sequence[Tensor], static: Tensor | None, tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and offset in float32, each broadcastable to [B, KH, tokens, D]; None for no offset."""
-
-    def check(self, width: int) -> None:
-        if self.group and width % self.group:
-            raise InvalidPlan(
-                f"{self.name} shares a scale among {self.group} channels; a head size of {width} is no multiple of it.",
-                hint=self._instead(width),
-            )
-
-    def _instead(self, width: int) -> str:
-        return 'Use "int8" or "fp8" with granularity "token", which take every head size.'
-
-    def parts(self, width: int, dtype: torch.dtype) -> tuple[Part, ...]:
-        return (Part("codes", self.element.storage, self.element.width(width)), *self._scale_parts(width))
-
-    def _scale_parts(self, width: int) -> tuple[Part, ...]:
-        return ()
-
-    def encode(self, x: Tensor, static: Tensor | None = None) -> tuple[Tensor, ...]:
-        values, static = self._prepare(x, static)
-        scales = self.scales(values, static)
-        return self.quantize(values, scales, static), *scales
-
-    def quantize(self, x: Tensor, scales: Sequence[Tensor], static: Tensor | None = None) -> Tensor:
-        """Codes of x for scales that are stored already. Arguments and result as in `encode`."""
-        x, static = self._prepare(x, static)
-        scale, offset = self._affine(scales, static, x.shape[-2], x.dtype)
-        return self.element.encode(self._divide(x if offset is None else x - offset, scale))
-
-    def decode(self, parts: Sequence[Tensor], static: Tensor | None, dtype: torch.dtype, width: int) -> Tensor:
-        codes, *scales = parts
-        self._require(static)
-        scale, offset = self._affine(scales, static, codes.shape[-2], _wide(dtype))
-        values = self.element.decode(codes, width, scale.dtype) * scale
-        return (values if offset is None else values + offset).to(dtype)
-
-    def error_bound(self, x: Tensor, static: Tensor | None = None) -> Tensor:
-        x, static = self._prepare(x, static)
-        scale, offset = self._affine(self.scales(x, static), static, x.shape[-2], x.dtype)
-        offset = torch.zeros_like(scale) if offset is None else offset
-        rounding = self.element.spacing(self._divide(x - offset, scale)) * scale / 2
-        above = x - (self.element.high * scale + offset)
-        below = (self.element.low * scale + offset) - x
-        return rounding.maximum(above).maximum(below) + 2**-22 * (x.abs() + offset.abs())
-
-    def _divide(self, x: Tensor, scale: Tensor) -> Tensor:
-        return torch.where(scale == 0, 0.0, x / scale)
-
-    def _prepare(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        self._require(static)
-        self.check(x.shape[-1])
-        if x.shape[-2] % self.group_tokens:
-            raise InvalidInput(
-                f"{self.name} is encoded {self.group_tokens} tokens at a time; {x.shape[-2]} is no multiple of it."
-            )
-        return x.to(_wide(x.dtype)), static
-
-    def _require(self, static: Tensor | None) -> None:
-        if self.static and static is None:
-            raise InvalidInput(f"{self.name} needs a static tensor per {self.static}, see `static_from`.")
-
-    def _affine(
-        self, scales: Sequence[Tensor], static: Tensor | None, tokens: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        scale, offset = self.affine(scales, static, tokens)
-        return scale.to(dtype), None if offset is None else offset.to(dtype)
+from skipstone.ir.errors import InvalidPlan
+from skipstone.ir.quantization import Format as Format
+from skipstone.ir.quantization import Full as Full
+from skipstone.ir.quantization import Part as Part
+from skipstone.ir.quantization import Quantized as Quantized
 
 
 @dataclass(frozen=True)
@@ -268,15 +57,14 @@ class IntegerChannel(Quantized):
         return f"int{self.bits}_channel"
 
     @property
-    def element(self) -> Element:  # type: ignore[override]
+    def element(self) -> Element:
         return INT8_FULL if self.bits == 8 else INT4
 
     def scales(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, ...]:
         return ()
 
-    def affine(self, scales: Sequence[Tensor], static: Tensor | None, tokens: int) -> tuple[Tensor, None]:
-        assert static is not None
-        return static[:, None, :].float(), None
+    def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
+        return self._required(static), None
 
     def _divide(self, x: Tensor, scale: Tensor) -> Tensor:
         # ONNX Runtime multiplies with the reciprocal, which rounds differently next to a tie.
@@ -295,7 +83,7 @@ class TokenScale(Quantized):
         amax = x.abs().amax(-1, keepdim=True)
         return (_finite_or_nan((amax / self.element.high).to(torch.float32)),)
 
-    def affine(self, scales: Sequence[Tensor], static: Tensor | None, tokens: int) -> tuple[Tensor, None]:
+    def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
         return scales[0], None
 
     def _scale_parts(self, width: int) -> tuple[Part, ...]:
@@ -357,7 +145,7 @@ class Int4Group(Asymmetric):
         groups = x.unflatten(-1, (-1, self.group))
         return self._range(groups.amin(-1), groups.amax(-1))
 
-    def affine(self, scales: Sequence[Tensor], static: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, Tensor]:
         scale, offset = (each.float().repeat_interleave(self.group, dim=-1) for each in scales)
         return scale, offset
 
@@ -391,8 +179,8 @@ class Kivi4(Asymmetric):
         groups = x.unflatten(-2, (-1, self.group_tokens))
         return self._range(groups.amin(-2), groups.amax(-2))
 
-    def affine(self, scales: Sequence[Tensor], static: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
-        scale, offset = (each.float().repeat_interleave(self.group_tokens, dim=-2)[..., :tokens, :] for each in scales)
+    def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, Tensor]:
+        scale, offset = (each.float().repeat_interleave(self.group_tokens, dim=-2) for each in scales)
         return scale, offset
 
     def _scale_parts(self, width: int) -> tuple[Part, ...]:
@@ -405,7 +193,7 @@ class Nvfp4(Quantized):
     """E2M1 in blocks of 16 channels with an E4M3 scale each, and a static float32 scale g per head.
 
     g is stored and never computed from what is written. Calibrated, it is the largest magnitude / 448 (FlashInfer's
-    meaning), which leaves six times the calibrated range before block scales saturate, and needs no further margin.
+    meaning): block scales saturate at six times the calibrated range, so that the margin has nothing to add.
     """
 
     name = "nvfp4"
@@ -415,15 +203,13 @@ class Nvfp4(Quantized):
     element = E2M1
 
     def scales(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, ...]:
-        assert static is not None
         amax = x.unflatten(-1, (-1, self.group)).abs().amax(-1)
-        g = static[:, None, :].to(x.dtype)
+        g = self._required(static).to(x.dtype)
         scale = torch.where(g == 0, 0.0, amax / E2M1.high / g).clamp(max=E4M3.high)
         return (E4M3.encode(torch.where(amax.isfinite(), scale, torch.nan)),)
 
-    def affine(self, scales: Sequence[Tensor], static: Tensor | None, tokens: int) -> tuple[Tensor, None]:
-        assert static is not None
-        blocks = E4M3.decode(scales[0], scales[0].shape[-1], torch.float32) * static[:, None, :].float()
+    def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
+        blocks = E4M3.decode(scales[0], scales[0].shape[-1], torch.float32) * self._required(static)
         return blocks.repeat_interleave(self.group, dim=-1), None
 
     def _scale_parts(self, width: int) -> tuple[Part, ...]:
@@ -451,7 +237,7 @@ class Mxfp4(Quantized):
         codes = torch.where(amax == 0, 0, encode_e8m0(floor_log2(amax) - 2))
         return (torch.where(amax.isfinite(), codes, E8M0_NAN).to(torch.uint8),)
 
-    def affine(self, scales: Sequence[Tensor], static: Tensor | None, tokens: int) -> tuple[Tensor, None]:
+    def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
         return decode_e8m0(scales[0]).repeat_interleave(self.group, dim=-1), None
 
     def _scale_parts(self, width: int) -> tuple[Part, ...]:
@@ -516,10 +302,6 @@ _FORMATS: dict[tuple[str, str], Format] = {
 def _nearest(name: str, known: Sequence[str] | dict[str, Format]) -> str:
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"Did you mean {nearest[0]!r}?" if nearest else f"Known are {', '.join(known)}."
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _finite_or_nan(x: Tensor) -> Tensor:
