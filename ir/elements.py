@@ -168,8 +168,8 @@ def unpack(packed: Tensor, elements: int) -> Tensor:
 
 
 def floor_log2(x: Tensor) -> Tensor:
-    """Largest integer e with 2^e <= x, int32, for positive finite x (also subnormal); any integer elsewhere."""
-    return torch.frexp(x).exponent - 1
+    """Largest integer e with 2^e <= x, int32, for finite x >= 0; for 0 an integer below that of every other number."""
+    return torch.where(x == 0, torch.iinfo(torch.int16).min, torch.frexp(x).exponent - 1)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class IntegerChannel(Quantized):
         return torch.where(scale == 0, 0.0, x * scale.reciprocal())
 
     def _calibrated(self, amax: Tensor, margin: float) -> Tensor:
-        scale = amax * (margin / self.element.high)
+        scale = _quotient(amax * margin, self.element.high)
         # A channel that is always 0, or whose scale has no finite reciprocal, gets a scale that stores it as 0.
         return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
@@ -81,7 +81,7 @@ class TokenScale(Quantized):
 
     def scales(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, ...]:
         amax = x.abs().amax(-1, keepdim=True)
-        return (_finite_or_nan((amax / self.element.high).to(torch.float32)),)
+        return (_finite_or_nan(_quotient(amax, self.element.high).to(torch.float32)),)
 
     def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
         return scales[0], None
@@ -119,7 +119,7 @@ class Asymmetric(Quantized):
 
     @staticmethod
     def _range(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-        scale = ((maximum - minimum) / UINT4.high).to(torch.float16)
+        scale = _quotient(maximum - minimum, UINT4.high).to(torch.float16)
         offset = minimum.to(torch.float16)
         return torch.where(scale.isfinite() & offset.isfinite(), scale, torch.nan), offset
 
@@ -205,7 +205,7 @@ class Nvfp4(Quantized):
     def scales(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, ...]:
         amax = x.unflatten(-1, (-1, self.group)).abs().amax(-1)
         g = self._required(static).to(x.dtype)
-        scale = torch.where(g == 0, 0.0, amax / E2M1.high / g).clamp(max=E4M3.high)
+        scale = torch.where(g == 0, 0.0, _quotient(amax, E2M1.high) / g).clamp(max=E4M3.high)
         return (E4M3.encode(torch.where(amax.isfinite(), scale, torch.nan)),)
 
     def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
@@ -216,7 +216,7 @@ class Nvfp4(Quantized):
         return (Part("scale", torch.uint8, width // self.group),)
 
     def _calibrated(self, amax: Tensor, margin: float) -> Tensor:
-        g = amax.amax(-1, keepdim=True) / E4M3.high
+        g = _quotient(amax.amax(-1, keepdim=True), E4M3.high)
         return torch.where(g == 0, 1.0, g)
 
 
@@ -234,8 +234,8 @@ class Mxfp4(Quantized):
 
     def scales(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, ...]:
         amax = x.unflatten(-1, (-1, self.group)).abs().amax(-1)
-        codes = torch.where(amax == 0, 0, encode_e8m0(floor_log2(amax) - 2))
-        return (torch.where(amax.isfinite(), codes, E8M0_NAN).to(torch.uint8),)
+        codes = encode_e8m0(floor_log2(amax) - 2)
+        return (torch.where(amax.isfinite(), codes, E8M0_NAN),)
 
     def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
         return decode_e8m0(scales[0]).repeat_interleave(self.group, dim=-1), None
@@ -306,3 +306,8 @@ def _nearest(name: str, known: Sequence[str] | dict[str, Format]) -> str:
 
 def _finite_or_nan(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, torch.nan)
+
+
+def _quotient(x: Tensor, divisor: float) -> Tensor:
+    # By a tensor on the device: for a number, CUDA multiplies with the reciprocal, and scales would differ by an ulp.
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)

@@ -212,7 +212,8 @@ class Quantized(Format):
         rounding = self.element.spacing(self._divide(x - offset, scale)) * scale / 2
         above = x - (self.element.high * scale + offset)
         below = (self.element.low * scale + offset) - x
-        return rounding.maximum(above).maximum(below) + 2**-22 * (x.abs() + offset.abs())
+        arithmetic = 2**-22 * (x.abs() + offset.abs() + torch.finfo(torch.float32).tiny)
+        return rounding.maximum(above).maximum(below) + arithmetic
 
     def _checked(self, x: Tensor) -> Tensor:
         """x in the dtype to compute in."""
