@@ -16,8 +16,9 @@ from torch import Tensor, fx
 
 from skipstone.ir.device import DeviceProfile
 from skipstone.ir.device import measure_cpu as measure_cpu  # re-exported beside the model that it feeds
-from skipstone.ir.dialect import ATTENTION_OPS, CACHED_ATTENTION
+from skipstone.ir.dialect import ATTENTION_OPS, CACHED_OPS, QUANTIZED_CACHED_ATTENTION, cache_operands
 from skipstone.ir.errors import UserError
+from skipstone.ir.formats import parse
 from skipstone.ir.program import Program, Role
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
@@ -234,7 +235,7 @@ def _attention_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
 
 def _keys_read(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     """How many keys the queries of an attention read together."""
-    if node.target is not CACHED_ATTENTION:
+    if node.target not in CACHED_OPS:
         return sizes.shape(node.args[1])[2]
     rows, window = sizes.shape(node.args[0])[2], _window(node)
     return sympy.Min(PAST + rows, window + rows - 1) if window else PAST + rows
@@ -243,7 +244,7 @@ def _keys_read(node: fx.Node, sizes: Sizes) -> sympy.Expr:
 def _window(node: fx.Node) -> int:
     """Keys that one query sees at most in a cache, 0 for all. Without a cache everything is computed and masked."""
     window: Any = node.kwargs.get("window", 0)
-    return window if node.target is CACHED_ATTENTION else 0
+    return window if node.target in CACHED_OPS else 0
 
 
 def _experts_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
@@ -350,9 +351,10 @@ def _activations(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     """Bytes that a node reads from and writes to other nodes; weights, keys and values count elsewhere."""
     elsewhere: tuple[Any, ...] = ()
     if node.target in ATTENTION_OPS:
-        elsewhere = node.args[1:5] if node.target is CACHED_ATTENTION else node.args[1:3]
+        caches = cache_operands(node) if node.target in CACHED_OPS else ([], [])
+        elsewhere = (*node.args[1:3], *caches[0], *caches[1])
     others = (argument for argument in node.all_input_nodes if argument not in elsewhere)
-    written = sizes.bytes(node.meta["val"][0] if node.target is CACHED_ATTENTION else node)
+    written = sizes.bytes(node.meta["val"][0] if node.target in CACHED_OPS else node)
     table = node.args[0] if _name(node) in GATHERS else None  # of which only as much is read as is returned
     activations = (argument for argument in others if _origin(argument) is None)
     read = (written if argument is table else sizes.bytes(_unexpanded(argument)) for argument in activations)
@@ -369,11 +371,17 @@ def _unexpanded(node: fx.Node) -> fx.Node:
 def _keys_and_values(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     if node.target not in (*ATTENTION_OPS, aten.scaled_dot_product_attention.default):
         return ZERO
-    first = 3 if node.target is CACHED_ATTENTION else 1
-    batch, heads, _, key_width = sizes.shape(node.args[first])
-    value_width = sizes.shape(node.args[first + 1])[-1]
-    item = node.args[first].meta["val"].element_size()  # type: ignore[union-attr]
-    return batch * heads * _keys_read(node, sizes) * (key_width + value_width) * item
+    batch, heads = sizes.shape(node.args[1])[:2]
+    return batch * heads * _keys_read(node, sizes) * sum(token_bytes(node))
+
+
+def token_bytes(node: fx.Node) -> tuple[float, float]:
+    """Bytes that the key and the value of one token and one head take where an attention reads them from."""
+    key, value = (argument.meta["val"] for argument in node.args[1:3])  # type: ignore[union-attr]
+    if node.target is not QUANTIZED_CACHED_ATTENTION:
+        return int(key.shape[-1]) * key.element_size(), int(value.shape[-1]) * value.element_size()
+    keys, values = (parse(str(node.kwargs[name])) for name in ("k_format", "v_format"))
+    return keys.token_bytes(int(key.shape[-1]), key.dtype), values.token_bytes(int(value.shape[-1]), value.dtype)
 
 
 def _critical_path(program: Program, chosen: set[fx.Node]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -29,9 +29,10 @@ class Role(StrEnum):
     POSITIONS = "positions"  # int64 [B, S]
     PADDING = "padding"  # int64 or bool [B, S], 1 where the token is real (bidirectional models)
     START = "start"  # int64 [B], rows of each sequence that are in the cache already
+    COUNT = "count"  # int64 [B], valid rows among the new ones of each sequence
     LOGIT_ROWS = "logit_rows"  # int64 [B, R], the rows of the sequence that reach the head
-    CACHE_KEY = "cache_key"  # float [B, KH, C, D] of one slot
-    CACHE_VALUE = "cache_value"  # float [B, KH, C, Dv] of one slot
+    CACHE_KEY = "cache_key"  # [B, KH, rows, width], one part of the keys of one slot
+    CACHE_VALUE = "cache_value"  # [B, KH, rows, width], one part of the values of one slot
     LOGITS = "logits"  # float [B, S or R, vocabulary]
     TENSOR = "tensor"  # anything else, known by its name alone
 
@@ -44,11 +45,13 @@ class Port:
         name: the placeholder's name, or the output's key.
         role: what it means.
         slot: the cache slot that it belongs to, for the cache roles.
+        part: which buffer of the cached keys or values it is, see `skipstone.ir.quantized.CachePart`.
     """
 
     name: str
     role: Role
     slot: int | None = None
+    part: str = "codes"
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,59 @@ class Program:
             raise InternalError(f"the program has no tensor {name!r}")
         return owner
 
+    def add_tensor(self, name: str, tensor: Tensor) -> fx.Node:
+        """A `get_attr` node, at the graph's insertion point, for a tensor that the program did not have.
+
+        Args:
+            name: of the tensor, without dots.
+            tensor: detached or not, its values become part of the program.
+        Raises:
+            InternalError: the name is taken.
+        """
+        if hasattr(self.module, name):
+            raise InternalError(f"the program has {name!r} already")
+        self.module.register_buffer(name, tensor.detach())
+        node = self.graph.get_attr(name)
+        mode = _fake_mode([other.meta.get("val") for other in self.graph.nodes])
+        node.meta["val"] = tensor.detach() if mode is None else mode.from_tensor(tensor.detach(), static_shapes=True)
+        return node
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call node at the graph's insertion point, with its fake value."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = fake_value(node)
+        return node
+
+    def add_input(self, port: Port, value: Tensor) -> fx.Node:
+        """A placeholder behind the others, with a fake value."""
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(port.name)
+        node.meta["val"] = value
+        self.inputs = (*self.inputs, port)
+        return node
+
+    def add_output(self, port: Port, node: fx.Node) -> None:
+        """Return one more value, behind the others."""
+        returned = self.output_node()
+        returned.args = ((*returned.args[0], node),)  # type: ignore[misc]
+        self.outputs = (*self.outputs, port)
+
+    def remove_inputs(self, nodes: Sequence[fx.Node]) -> None:
+        """Remove placeholders that nothing reads."""
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.inputs = tuple(port for port, node in zip(self.inputs, placeholders, strict=True) if node not in nodes)
+        for node in nodes:
+            self.graph.erase_node(node)
+
+    def remove_outputs(self, nodes: Sequence[fx.Node]) -> None:
+        """No longer return the values of these nodes."""
+        returned = self.output_node()
+        pairs = zip(self.outputs, returned.args[0], strict=True)  # type: ignore[arg-type]
+        kept = [(port, node) for port, node in pairs if node not in nodes]
+        self.outputs = tuple(port for port, _ in kept)
+        returned.args = (tuple(node for _, node in kept),)
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that the graph reads, by name, in graph order."""
         names = dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
@@ -155,11 +211,11 @@ class Program:
         seen = {(t.untyped_storage().data_ptr(), t.storage_offset(), t.shape): t for t in self.tensors().values()}
         return sum(t.numel() * t.element_size() for t in seen.values())
 
-    def input(self, role: Role, slot: int | None = None) -> fx.Node | None:
-        """The placeholder of that role (and slot), or None."""
+    def input(self, role: Role, slot: int | None = None, part: str = "codes") -> fx.Node | None:
+        """The placeholder of that role (and slot, and part of it), or None."""
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         for port, node in zip(self.inputs, placeholders, strict=True):
-            if port.role == role and port.slot == slot:
+            if (port.role, port.slot, port.part) == (role, slot, part):
                 return node
         return None
 
@@ -167,16 +223,20 @@ class Program:
         """The graph's output node."""
         return next(iter(reversed(self.graph.nodes)))
 
-    def output(self, role: Role, slot: int | None = None) -> fx.Node | None:
-        """The node whose value leaves the program under that role (and slot), or None."""
+    def output(self, role: Role, slot: int | None = None, part: str = "codes") -> fx.Node | None:
+        """The node whose value leaves the program under that role (and slot, and part of it), or None."""
         for port, node in zip(self.outputs, self.output_node().args[0], strict=True):  # type: ignore[arg-type]
-            if port.role == role and port.slot == slot:
+            if (port.role, port.slot, port.part) == (role, slot, part):
                 return node
         return None
 
     def slots(self) -> tuple[int, ...]:
         """The cache slots of the program, in order."""
-        return tuple(port.slot for port in self.inputs if port.role == Role.CACHE_KEY and port.slot is not None)
+        return tuple(
+            port.slot
+            for port in self.inputs
+            if port.role == Role.CACHE_KEY and port.slot is not None and port.part == "codes"
+        )
 
     def copy(self) -> Program:
         """A copy with its own graph and the same tensors."""
@@ -212,6 +272,10 @@ class Program:
         """
         results = self.module(*(values[port.name] for port in self.inputs))
         return {port.name: value for port, value in zip(self.outputs, results, strict=True)}
+
+
+INHERITED = ("layer", "heads")
+"""Metadata of an attention that stays with what replaces it: its layer in the original model, and its heads."""
 
 
 def module_path(node: fx.Node) -> str:
@@ -272,3 +336,4 @@ def provenance(program: Program, by: str, like: fx.Node | None = None) -> Iterat
             if like is not None and "nn_module_stack" not in node.meta:
                 node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
                 node.meta["stack_trace"] = like.meta.get("stack_trace", "")
+                node.meta |= {key: like.meta[key] for key in INHERITED if key in like.meta}

@@ -296,6 +296,18 @@ class _Finder:
         return False
 
 
+def note_layers(program: Program) -> None:
+    """Note on every attention which layer of the model it belongs to, for passes that run after layers have gone."""
+    try:
+        stream = find_stream(program)
+    except Unsupported:  # then layers cannot be named in a plan
+        return
+    for sublayer in stream.sublayers:
+        for node in sublayer.nodes:
+            if node.target in ATTENTION_OPS:
+                node.meta["layer"] = sublayer.layer
+
+
 def _behind_casts(node: Any) -> Any:
     while isinstance(node, fx.Node) and node.target in _CASTS:
         node = node.args[0]

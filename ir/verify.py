@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from skipstone.ir.dialect import CACHED_ATTENTION
+from skipstone.ir.dialect import CACHED_OPS, cache_operands
 from skipstone.ir.errors import Malformed
 from skipstone.ir.printer import excerpt, type_text
 from skipstone.ir.program import Port, Program, Role, fake_value
@@ -39,6 +39,7 @@ IN_PLACE_NAMES = (
 IN_PLACE = {getattr(operator, name) for name in IN_PLACE_NAMES.split()}
 INT64 = (torch.int64,)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CODES = (*FLOATS, torch.int8, torch.uint8)
 # role -> rank (None for any) and dtypes
 REQUIRED: dict[Role, tuple[int | None, tuple[torch.dtype, ...]]] = {
     Role.TOKENS: (2, INT64),
@@ -47,8 +48,9 @@ REQUIRED: dict[Role, tuple[int | None, tuple[torch.dtype, ...]]] = {
     Role.PADDING: (2, (torch.int64, torch.bool)),
     Role.START: (1, INT64),
     Role.LOGIT_ROWS: (2, INT64),
-    Role.CACHE_KEY: (4, FLOATS),
-    Role.CACHE_VALUE: (4, FLOATS),
+    Role.COUNT: (1, INT64),
+    Role.CACHE_KEY: (4, CODES),
+    Role.CACHE_VALUE: (4, CODES),
     Role.LOGITS: (None, FLOATS),
 }
 
@@ -147,7 +149,7 @@ def _port_type(port: Port, node: fx.Node) -> Iterator[Violation]:
 def _slots_written_once(program: Program) -> Iterator[Violation]:
     """Every cache slot is written exactly once a step, by the attention of that number, which alone reads it."""
     writers: dict[int, fx.Node] = {}
-    for node in program.nodes(CACHED_ATTENTION):
+    for node in program.nodes(*CACHED_OPS):
         slot: Any = node.kwargs.get("slot", -1)
         if slot in writers:
             yield node, f"slot {slot} is written by {writers[slot].name} already"
@@ -160,24 +162,28 @@ def _slots_written_once(program: Program) -> Iterator[Violation]:
             yield writer, f"writes slot {slot}, which no input holds"
     for port in (*program.inputs, *program.outputs):
         if port.slot is not None:
-            yield from _slot_port(program, port.role, port.slot, writers.get(port.slot))
+            yield from _slot_port(program, port, writers.get(port.slot))
 
 
-def _slot_port(program: Program, role: Role, slot: int, writer: fx.Node | None) -> Iterator[Violation]:
-    """What is wrong with one half (keys or values) of a slot."""
-    argument, result = (3, 1) if role == Role.CACHE_KEY else (4, 2)
-    before, after = program.input(role, slot), program.output(role, slot)
+def _slot_port(program: Program, port: Port, writer: fx.Node | None) -> Iterator[Violation]:
+    """What is wrong with one buffer of the keys or values of a slot."""
+    role, slot = port.role, port.slot
+    before, after = program.input(role, slot, port.part), program.output(role, slot, port.part)
     if before is None or after is None:
         yield before or after, f"the {role} of slot {slot} has no {'input' if before is None else 'output'}"
         return
     if writer is None:
         yield before, f"no attention writes slot {slot}"
         return
-    if len(writer.args) <= argument or writer.args[argument] is not before:
+    keys, values = cache_operands(writer)
+    mine = keys if role == Role.CACHE_KEY else values
+    if before not in mine:
         yield writer, f"attention of slot {slot} does not read {before.name}"
+        return
     for user in before.users:
         if user is not writer:
             yield user, f"reads {before.name}, which belongs to {writer.name}"
+    result = 1 + mine.index(before) + (len(keys) if role == Role.CACHE_VALUE else 0)
     if after.target is not operator.getitem or after.args != (writer, result):
         yield after, f"leaves as the {role} of slot {slot}, but is not output {result} of {writer.name}"
     for user in after.users:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -47,30 +46,26 @@ class InsertKVCache(Pass):
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""
         select_logit_rows(program)
-        start = _placeholder(program, Port("start", Role.START), _like_batch(program, ()))
+        start = program.add_input(Port("start", Role.START), _like_batch(program, ()))
         remarks, results = [], []
         for slot, node in enumerate(list(program.nodes(ATTENTION))):
             q, k, v = (argument for argument in node.args[:3])
             constants = node.args[5:]  # sinks, key bias and its frequencies
             caches = [
-                _placeholder(program, Port(f"{which}_{slot}", role, slot), _like_cache(program, value))  # type: ignore[arg-type]
+                program.add_input(Port(f"{which}_{slot}", role, slot), _like_cache(program, value))  # type: ignore[arg-type]
                 for which, role, value in (("key", Role.CACHE_KEY, k), ("value", Role.CACHE_VALUE, v))
             ]
             with provenance(program, self.name, like=node), program.graph.inserting_before(node):
-                options = {**node.kwargs, "slot": slot}
-                call = program.graph.call_function(CACHED_ATTENTION, (q, k, v, *caches, start, None, *constants), options)
-                call.meta["val"] = fake_value(call)
-                out, new_key, new_value = (program.graph.call_function(operator.getitem, (call, i)) for i in range(3))
-            for index, item in enumerate((out, new_key, new_value)):
-                item.meta["val"] = call.meta["val"][index]
+                operands = (q, k, v, *caches, start, None, *constants)
+                call = program.call(CACHED_ATTENTION, *operands, **{**node.kwargs, "slot": slot})
+                out, new_key, new_value = (program.call(operator.getitem, call, index) for index in range(3))
             node.replace_all_uses_with(out)
             program.graph.erase_node(node)
             results += [(Port(f"new_key_{slot}", Role.CACHE_KEY, slot), new_key)]
             results += [(Port(f"new_value_{slot}", Role.CACHE_VALUE, slot), new_value)]
             remarks.append(self.applied(f"slot {slot}", module_path(out)))
-        returned = program.output_node()
-        returned.args = ((*returned.args[0], *(node for _, node in results)),)  # type: ignore[misc]
-        program.outputs = (*program.outputs, *(port for port, _ in results))
+        for port, node in results:
+            program.add_output(port, node)
         return remarks
 
     def ensures(self, program: Program) -> None:
@@ -89,12 +84,12 @@ def select_logit_rows(program: Program) -> None:
     if logits is None:
         raise InternalError("a program without logits has no rows to select")
     hidden = _head_input(logits)
-    rows = _placeholder(program, Port("logit_rows", Role.LOGIT_ROWS), _like_batch(program, ("rows",)))
+    rows = program.add_input(Port("logit_rows", Role.LOGIT_ROWS), _like_batch(program, ("rows",)))
     width = hidden.meta["val"].shape[-1]
     with provenance(program, InsertKVCache.name, like=hidden), program.graph.inserting_before(hidden.next):
-        index = _call(program, aten.unsqueeze.default, rows, -1)
-        wide = _call(program, aten.expand.default, index, [-1, -1, int(width)])
-        gathered = _call(program, aten.gather.default, hidden, 1, wide)
+        index = program.call(aten.unsqueeze.default, rows, -1)
+        wide = program.call(aten.expand.default, index, [-1, -1, int(width)])
+        gathered = program.call(aten.gather.default, hidden, 1, wide)
     hidden.replace_all_uses_with(gathered, delete_user_cb=lambda user: user is not gathered)
     seen = False
     for node in program.nodes():
@@ -130,21 +125,6 @@ def _head_input(logits: fx.Node) -> fx.Node:
             break
     if node is logits or len(node.users) != 1:
         raise Unsupported("a head that is not a row-wise function of one hidden state", where=logits.name)
-    return node
-
-
-def _call(program: Program, target: Callable[..., Any], *args: Any) -> fx.Node:
-    node = program.graph.call_function(target, args)
-    node.meta["val"] = fake_value(node)
-    return node
-
-
-def _placeholder(program: Program, port: Port, value: torch.Tensor) -> fx.Node:
-    last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
-    with program.graph.inserting_after(last):
-        node = program.graph.placeholder(port.name)
-    node.meta["val"] = value
-    program.inputs = (*program.inputs, port)
     return node
 
 

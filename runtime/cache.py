@@ -1,91 +1,109 @@
-"""The KV cache: one pair of fixed-capacity buffers a slot, and how many rows of each sequence are valid."""
+"""The KV cache: the buffers that attention reads and writes, and how many rows of each sequence are valid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from skipstone.ir.errors import InvalidInput
+from skipstone.ir.errors import ArtifactError, InvalidInput
+from skipstone.ir.quantized import CacheFormat, CachePart
+
+FORMAT = "skipstone.cache/1"
 
 
 @dataclass(frozen=True)
-class SlotShape:
-    """What one cache slot holds for each token.
+class CacheBuffer:
+    """One buffer of a cache: a part of the keys or of the values of one slot.
 
     Attributes:
-        kv_heads: number of key (and value) heads KH.
-        key_width, value_width: elements of one key and of one value.
-        dtype: element type of both.
+        name: name of the program's input that takes it.
+        heads: number of key (and value) heads KH.
+        part: type, width and number of its rows.
+        form: the format that it is part of.
     """
 
-    kv_heads: int
-    key_width: int
-    value_width: int
-    dtype: torch.dtype
+    name: str
+    heads: int
+    part: CachePart
+    form: CacheFormat
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes that one token takes in this slot."""
-        return self.kv_heads * (self.key_width + self.value_width) * self.dtype.itemsize
+    def token_bytes(self) -> float:
+        """Bytes that each token takes in this buffer; 0 where its size does not depend on the number of tokens."""
+        per_row = self.heads * self.part.width * self.part.dtype.itemsize
+        return per_row / self.part.tokens if self.part.fixed_rows is None else 0.0
+
+    def allocate(self, batch: int, capacity: int, device: torch.device | str) -> Tensor:
+        """Zeros [B, KH, rows, width]; not empty memory, since a masked NaN still poisons a weighted sum."""
+        shape = (batch, self.heads, self.part.rows(capacity), self.part.width)
+        return torch.zeros(shape, dtype=self.part.dtype, device=device)
 
 
-@dataclass
 class KVCache:
     """The rows that attention has seen, for a batch of sequences of different lengths.
 
     Rows 0..lengths[b] - 1 of sequence b are valid. What lies behind them is finite but meaningless: it is masked, and
-    overwritten before it can be read.
+    overwritten before it can be read. Growing, cropping, selecting, saving and loading move what is stored as it is;
+    nothing is ever quantized a second time.
 
     Attributes:
-        keys: per slot, [B, KH, C, D], contiguous.
-        values: per slot, [B, KH, C, Dv], contiguous.
+        layout: what the buffers are.
+        buffers: by name, [B, KH, rows, width], contiguous.
         lengths: int64 [B], valid rows of each sequence.
+        capacity: rows C that each sequence has room for.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    lengths: Tensor
+    def __init__(
+        self, layout: Sequence[CacheBuffer], buffers: dict[str, Tensor], lengths: Tensor, capacity: int
+    ) -> None:
+        self.layout = tuple(layout)
+        self.buffers = buffers
+        self.lengths = lengths
+        self.capacity = capacity
+        # The most rows that each sequence ever had: rings of recent rows hold those before it, even after a crop.
+        self._reached = lengths.clone()
 
     @classmethod
     def allocate(
-        cls, slots: Sequence[SlotShape], batch: int, capacity: int, device: torch.device | str = "cpu"
+        cls, layout: Sequence[CacheBuffer], batch: int, capacity: int, device: torch.device | str = "cpu"
     ) -> KVCache:
         """An empty cache.
 
         Raises:
-            InvalidInput: there is no slot, or a size below one.
+            InvalidInput: there is no buffer, or a size below one.
         """
-        if not slots:
+        if not layout:
             raise InvalidInput("a KV cache needs at least one slot.")
         if batch < 1 or capacity < 1:
             raise InvalidInput(f"a KV cache of {batch} sequences with {capacity} rows holds nothing.")
-        # Zeros, not empty memory: a masked NaN still poisons a weighted sum.
-        return cls(
-            [torch.zeros(batch, s.kv_heads, capacity, s.key_width, dtype=s.dtype, device=device) for s in slots],
-            [torch.zeros(batch, s.kv_heads, capacity, s.value_width, dtype=s.dtype, device=device) for s in slots],
-            torch.zeros(batch, dtype=torch.int64, device=device),
-        )
-
-    @property
-    def capacity(self) -> int:
-        """Rows C that each sequence has room for."""
-        return self.keys[0].shape[2]
+        buffers = {each.name: each.allocate(batch, capacity, device) for each in layout}
+        return cls(layout, buffers, torch.zeros(batch, dtype=torch.int64, device=device), capacity)
 
     @property
     def batch(self) -> int:
         """Number of sequences B."""
-        return self.keys[0].shape[0]
+        return len(self.lengths)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(tensor.nbytes for tensor in self.buffers.values())
+
+    def advance(self, counts: Tensor) -> None:
+        """Count in the rows that a step has written: int64 [B]."""
+        self.lengths = self.lengths + counts
+        self._reached = torch.maximum(self._reached, self.lengths)
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` rows a sequence; all buffers become new tensors.
+        """Make room for `capacity` rows a sequence; the buffers that depend on it become new tensors.
 
         Raises:
             InvalidInput: that is less than there is now.
@@ -94,18 +112,22 @@ class KVCache:
             raise InvalidInput(
                 f"a cache of {self.capacity} rows cannot grow to {capacity}.", hint="To forget rows, use crop()."
             )
-        if capacity > self.capacity:
-            for buffers in (self.keys, self.values):
-                for slot, old in enumerate(buffers):
-                    new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                    new[:, :, : old.shape[2]] = old
-                    buffers[slot] = new
+        if capacity == self.capacity:
+            return
+        for each in self.layout:
+            old = self.buffers[each.name]
+            if each.part.rows(capacity) > old.shape[2]:
+                new = each.allocate(self.batch, capacity, old.device)
+                new[:, :, : old.shape[2]] = old
+                self.buffers[each.name] = new
+        self.capacity = capacity
 
     def crop(self, lengths: Tensor | int) -> None:
         """Forget the rows from `lengths` (one number, or integers [B]) on. The buffers stay as they are.
 
         Raises:
-            InvalidInput: a length is negative or beyond what the cache holds, or their number is not the batch.
+            InvalidInput: a length is negative or beyond what the cache holds, their number is not the batch, or rows
+                that have to be in full precision after the crop are in the codes alone by now.
         """
         wanted = torch.as_tensor(lengths, dtype=torch.int64, device=self.lengths.device)
         if wanted.dim() > 1 or (wanted.dim() == 1 and len(wanted) != self.batch):
@@ -115,7 +137,19 @@ class KVCache:
                 f"crop to {wanted.tolist()} rows, the cache holds {self.lengths.tolist()}.",
                 hint="A cache can be cropped to a shorter length only.",
             )
-        self.lengths = wanted.expand(self.batch).clone()
+        wanted = wanted.expand(self.batch).clone()
+        unused = torch.ones_like(wanted, dtype=torch.bool)  # sequences that need nothing of what their rings hold
+        for form in {each.form for each in self.layout if each.form.ring_rows}:
+            needed_from = form.quantized_until(wanted).clamp(min=form.first)
+            unused &= needed_from >= wanted
+            if bool(((needed_from < wanted) & (needed_from < self._reached - form.ring_rows)).any()):
+                raise InvalidInput(
+                    f"crop to {wanted.tolist()} rows of a cache that reached {self._reached.tolist()}, and that keeps "
+                    f"the last {form.ring_rows} in full precision.",
+                    hint="Crop by fewer tokens, or read the shorter prompt again.",
+                )
+        self.lengths = wanted
+        self._reached = torch.where(unused, wanted, self._reached)
 
     def select(self, index: Tensor | Sequence[int]) -> None:
         """Keep sequences `index` (integers [N]) in that order; one may be taken more than once.
@@ -128,10 +162,9 @@ class KVCache:
             raise InvalidInput(f"sequences are chosen by a list of indices, got shape {list(index.shape)}.")
         if int(index.min()) < 0 or int(index.max()) >= self.batch:
             raise InvalidInput(f"sequences {index.tolist()} of a cache with {self.batch}.")
-        for buffers in (self.keys, self.values):
-            for slot, old in enumerate(buffers):
-                buffers[slot] = old.index_select(0, index)
+        self.buffers = {name: old.index_select(0, index) for name, old in self.buffers.items()}
         self.lengths = self.lengths.index_select(0, index)
+        self._reached = self._reached.index_select(0, index)
 
     def reorder(self, index: Tensor | Sequence[int]) -> None:
         """Continue sequence `index[b]` (integers [B]) as sequence b, as beam search does.
@@ -153,3 +186,61 @@ class KVCache:
             raise InvalidInput(f"cannot repeat a cache {times} times.")
         if times > 1:
             self.select(torch.arange(self.batch).repeat_interleave(times))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the valid rows to a safetensors file, whole or not at all.
+
+        Raises:
+            ArtifactError: the file cannot be written.
+        """
+        path = Path(path)
+        longest = max(1, int(self.lengths.max()))
+        tensors = {
+            each.name: self.buffers[each.name][:, :, : each.part.rows(longest)].contiguous() for each in self.layout
+        }
+        tensors |= {"lengths": self.lengths, "reached": self._reached}
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+                complete = Path(temporary) / path.name
+                save_file(tensors, complete, metadata={"format": FORMAT, "layout": _description(self.layout)})
+                os.replace(complete, path)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"Cannot write the cache {path}: {error}.") from error
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], layout: Sequence[CacheBuffer], device: torch.device | str = "cpu"
+    ) -> KVCache:
+        """Read a cache that `save` wrote.
+
+        Args:
+            layout: what the program that goes on with it expects.
+        Raises:
+            ArtifactError: it is no such file, or a cache of another layout.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"Cannot read the cache {os.fspath(path)}: {error}.") from error
+        if metadata.get("format") != FORMAT:
+            raise ArtifactError(f"{os.fspath(path)} is not a cache of this version ({FORMAT}).")
+        if metadata.get("layout") != _description(layout):
+            raise ArtifactError(
+                f"{os.fspath(path)} holds a cache of another program.",
+                hint="Load it into the model and plan that it was saved from.",
+            )
+        lengths, reached = (tensors.pop(name, torch.empty(0)) for name in ("lengths", "reached"))
+        longest = max(1, int(lengths.max())) if lengths.numel() else 0
+        cache = cls.allocate(layout, max(1, len(lengths)), max(1, longest), device)
+        shapes = {name: buffer.shape for name, buffer in cache.buffers.items()}
+        if lengths.dtype != torch.int64 or shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ArtifactError(f"{os.fspath(path)} is damaged: its tensors do not have the shapes of a cache.")
+        cache.buffers, cache.lengths, cache._reached = tensors, lengths, reached
+        return cache
+
+
+def _description(layout: Iterable[CacheBuffer]) -> str:
+    """One line that is equal for equal layouts."""
+    return "; ".join(f"{each.name} {each.heads} {each.part} {each.form}" for each in layout)

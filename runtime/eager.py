@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skipstone.ir.program import Program, Role
 from skipstone.runtime.cache import KVCache
-from skipstone.runtime.session import check_cache, slot_shapes, step_inputs
+from skipstone.runtime.session import cache_layout, check_cache, step_inputs, written_buffers
 
 
 class EagerSession:
@@ -17,7 +17,8 @@ class EagerSession:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.slots = slot_shapes(program)
+        self.layout = cache_layout(program)
+        self._written = written_buffers(program)
 
     @torch.no_grad()
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -25,14 +26,14 @@ class EagerSession:
         return self.program.run(**values)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, positions: Tensor, start: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
         """See `Session.step`."""
-        check_cache(self.slots, tokens, start, cache)
-        values = step_inputs(self.program, tokens, positions, start, logit_rows)
-        buffers = {Role.CACHE_KEY: cache.keys, Role.CACHE_VALUE: cache.values}
-        values |= {port.name: buffers[port.role][port.slot] for port in self.program.inputs if port.slot is not None}
-        outputs = self.program.run(**values)
-        for port in self.program.outputs:
-            if port.slot is not None:  # the graph is functional: new buffers take the place of the old ones
-                buffers[port.role][port.slot] = outputs[port.name]
+        check_cache(self.layout, tokens, cache)
+        values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
+        outputs = self.program.run(**values, **cache.buffers)
+        for (
+            name,
+            buffer,
+        ) in self._written.items():  # the graph is functional: new buffers take the place of the old ones
+            cache.buffers[buffer] = outputs[name]
         return next(outputs[port.name] for port in self.program.outputs if port.role == Role.LOGITS)

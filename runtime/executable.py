@@ -34,6 +34,7 @@ class Executable:
         session: the lowered program.
         config, generation_config: those of the Hugging Face model, if the program came from one.
         report: what was done to the model and what it bought.
+        plan: the plan that was carried out, with what was calibrated for it.
         target: name of the lowering.
         threads: number of threads it computes with, None for the runtime's own choice.
         max_length: longest sequence to make room for; cache buffers are then allocated once. Without it they double as
@@ -59,6 +60,7 @@ class Executable:
         config: Any = None,
         generation_config: Any = None,
         report: Any = None,
+        plan: Any = None,
         target: str = "eager",
         threads: int | None = None,
         max_length: int | None = None,
@@ -70,6 +72,7 @@ class Executable:
         self.config = config
         self.generation_config = generation_config
         self.report = report
+        self.plan = plan
         self.target = target
         self.threads = threads
         self.max_length = max_length
@@ -349,7 +352,7 @@ class TokenModel(Executable):
     def new_cache(self, batch: int, rows: int, spare: int = SMALLEST_CAPACITY) -> KVCache:
         """An empty cache with room for `rows` tokens a sequence, and `spare` more if the model reaches so far."""
         capacity = self._bounded(self.max_length or rows + spare)
-        return KVCache.allocate(self.session.slots, batch, max(capacity, rows), self.device)
+        return KVCache.allocate(self.session.layout, batch, max(capacity, rows), self.device)
 
     def reserve(self, cache: KVCache, rows: int) -> None:
         """Make room for `rows` tokens a sequence: the capacity doubles, up to the limit."""
@@ -394,11 +397,10 @@ class TokenModel(Executable):
             return self._recompute(tokens, positions, rows, extra or {})
         if cache is None:
             cache = self.new_cache(batch, width, spare=0)
-            start = cache.lengths
         self.reserve(cache, int(start.max()) + width)
         # A copy: the session's next step may overwrite its buffer.
-        logits = self.session.step(tokens, positions, start, rows, cache).clone()
-        cache.lengths += layout.counts
+        logits = self.session.step(tokens, positions, layout.counts, rows, cache).clone()
+        cache.advance(layout.counts)
         return logits
 
     def _recompute(self, tokens: Tensor, positions: Tensor, rows: Tensor, extra: dict[str, Tensor]) -> Tensor:

@@ -371,6 +371,7 @@ def generate_tokens(
     logits = model.advance(tokens, layout, last, positions=positions, cache=cache)
     length = int(layout.counts.max())  # of the longest sequence; kept here, the device need not be asked at each step
     only_row = torch.zeros_like(last)
+    one_each = torch.ones_like(cache.lengths)
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     while True:
         # A copy: processors may write to the scores, and the session may reuse its buffer.
@@ -390,8 +391,8 @@ def generate_tokens(
         model.check_length(length)
         model.reserve(cache, length)
         # Finished rows go on with their own token, since the pad token need not be one that the model knows.
-        logits = model.session.step(chosen.unsqueeze(1).to(model.device), position, cache.lengths, only_row, cache)
-        cache.lengths += 1
+        logits = model.session.step(chosen.unsqueeze(1).to(model.device), position, one_each, only_row, cache)
+        cache.advance(one_each)
         position = position + 1
     if streamer is not None:
         streamer.end()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, fx
 
-from skipstone.ir.errors import InternalError, InvalidInput
-from skipstone.ir.program import Program, Role
-from skipstone.runtime.cache import KVCache, SlotShape
+from skipstone.ir.dialect import CACHED_OPS, cache_operands
+from skipstone.ir.errors import InvalidInput
+from skipstone.ir.program import Port, Program, Role
+from skipstone.ir.quantized import CacheFormat, CachePart, cache_format
+from skipstone.runtime.cache import CacheBuffer, KVCache
 
 
 @runtime_checkable
@@ -18,11 +20,11 @@ class Session(Protocol):
 
     Attributes:
         program: what was lowered.
-        slots: shapes of its cache slots, in slot order; empty without a cache.
+        layout: the buffers of its cache; empty without one.
     """
 
     program: Program
-    slots: tuple[SlotShape, ...]
+    layout: tuple[CacheBuffer, ...]
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run a program once.
@@ -34,67 +36,75 @@ class Session(Protocol):
         """
         ...
 
-    def step(self, tokens: Tensor, positions: Tensor, start: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
         """Run a cached program on new tokens, and write their keys and values into `cache`.
 
-        `cache.lengths` is neither read nor advanced: that is the caller's matter.
+        The new tokens follow the ``cache.lengths`` rows that are there; the lengths are not advanced.
 
         Args:
             tokens: int64 [B, S], or embeddings [B, S, hidden]; valid tokens come first.
             positions: int64 [B, S].
-            start: int64 [B], rows of each sequence that are in the cache already; ``start + S <= cache.capacity``.
+            count: int64 [B], valid tokens of each row.
             logit_rows: int64 [B, R], in [0, S).
-            cache: of this session's slots and B sequences.
+            cache: of this session's layout and B sequences, with room for S more tokens in each.
         Returns:
             logits [B, R, V]; the next call may overwrite them.
         Raises:
-            InvalidInput: the cache has another batch or number of slots, or no room.
+            InvalidInput: the cache has another batch or layout, or no room.
         """
         ...
 
 
-def slot_shapes(program: Program) -> tuple[SlotShape, ...]:
-    """The shapes of a program's cache slots, in slot order.
+def cache_layout(program: Program) -> tuple[CacheBuffer, ...]:
+    """The buffers of a program's cache, in the order of its inputs."""
+    forms: dict[fx.Node, CacheFormat] = {}
+    for node in program.nodes(*CACHED_OPS):
+        kept: Any = (node.kwargs.get("residual", 0), node.kwargs.get("first", 0))
+        for buffers, option in zip(cache_operands(node), ("k_format", "v_format"), strict=True):
+            forms |= dict.fromkeys(buffers, cache_format(str(node.kwargs.get(option, "full")), *kept))
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    pairs = zip(program.inputs, placeholders, strict=True)
+    return tuple(_buffer(port, node.meta["val"], forms[node]) for port, node in pairs if port.slot is not None)
 
-    Raises:
-        InternalError: slots are not numbered 0, 1, ..., or one lacks its key or its value.
-    """
-    slots = sorted(program.slots())
-    if slots != list(range(len(slots))):
-        raise InternalError(f"cache slots are not dense: {slots}")
-    shapes = []
-    for slot in slots:
-        key, value = program.input(Role.CACHE_KEY, slot), program.input(Role.CACHE_VALUE, slot)
-        if key is None or value is None:
-            raise InternalError(f"cache slot {slot} lacks its key or its value")
-        fake, width = key.meta["val"], value.meta["val"].shape[3]
-        shapes.append(SlotShape(int(fake.shape[1]), int(fake.shape[3]), int(width), fake.dtype))
-    return tuple(shapes)
+
+def _buffer(port: Port, fake: Tensor, form: CacheFormat) -> CacheBuffer:
+    """The buffer that an input [B, KH, rows, width] of a program takes."""
+    heads, rows, width = (fake.shape[axis] for axis in (1, 2, 3))
+    tokens = form.format.group_tokens if port.part in ("scale", "offset") else 1
+    fixed = int(rows) if port.part in ("recent", "first") else None
+    return CacheBuffer(port.name, int(heads), CachePart(port.part, fake.dtype, int(width), tokens, fixed), form)
 
 
 def step_inputs(
-    program: Program, tokens: Tensor, positions: Tensor, start: Tensor, logit_rows: Tensor
+    program: Program, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache
 ) -> dict[str, Tensor]:
-    """The inputs of a step other than the cache, by port name; a program may do without some of them."""
+    """The inputs of a step other than the cache's buffers, by port name; a program may do without some of them."""
     by_role = {
         Role.TOKENS: tokens,
         Role.EMBEDDINGS: tokens,
         Role.POSITIONS: positions,
-        Role.START: start,
+        Role.START: cache.lengths,
+        Role.COUNT: count,
         Role.LOGIT_ROWS: logit_rows,
     }
     return {port.name: by_role[port.role] for port in program.inputs if port.role in by_role}
 
 
-def check_cache(slots: tuple[SlotShape, ...], tokens: Tensor, start: Tensor, cache: KVCache) -> None:
+def written_buffers(program: Program) -> dict[str, str]:
+    """For each output of a program that replaces a cache buffer, the name of that buffer."""
+    names = {(port.role, port.slot, port.part): port.name for port in program.inputs if port.slot is not None}
+    return {port.name: names[port.role, port.slot, port.part] for port in program.outputs if port.slot is not None}
+
+
+def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: KVCache) -> None:
     """Refuse a step that would write outside the cache.
 
     Raises:
-        InvalidInput: the cache has another batch or number of slots, or no room for the tokens.
+        InvalidInput: the cache has another batch or layout, or no room for the tokens.
     """
-    if len(cache.keys) != len(slots):
-        raise InvalidInput(f"the program has {len(slots)} cache slots, the cache {len(cache.keys)}.")
+    if cache.layout is not layout and cache.layout != layout:
+        raise InvalidInput("the cache was made for another program.", hint="Use the cache that prefill() returned.")
     if cache.batch != tokens.shape[0]:
         raise InvalidInput(f"tokens of {tokens.shape[0]} sequences for a cache of {cache.batch}.")
-    if (needed := int(start.max()) + tokens.shape[1]) > cache.capacity:
+    if (needed := int(cache.lengths.max()) + tokens.shape[1]) > cache.capacity:
         raise InvalidInput(f"{needed} rows in a cache with room for {cache.capacity}.", hint="Call cache.grow().")

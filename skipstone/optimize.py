@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,18 +15,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from skipstone.calibrate import Batch, CalibrationData, estimate_errors, measure, token_batches
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
-from skipstone.ir.cost import cost, evaluate, example_sizes
-from skipstone.ir.dialect import ATTENTION_OPS
+from skipstone.ir.cost import cost, evaluate, example_sizes, token_bytes
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.printer import readable
 from skipstone.ir.program import Program, Record
-from skipstone.ir.stream import SublayerKind, find_stream
+from skipstone.ir.statistics import sites
+from skipstone.ir.stream import SublayerKind, find_stream, note_layers
 from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.kv_cache import InsertKVCache
+from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.plan import Plan
 from skipstone.report import Conversion, Footprint, Report, Stage
 from skipstone.runtime.executable import Executable
@@ -38,6 +42,7 @@ def optimize(
     plan: Plan | None = None,
     *,
     target: Target = "auto",
+    calibration: CalibrationData | None = None,
     example_inputs: Mapping[str, Tensor] | None = None,
     dynamic_shapes: Mapping[str, Sequence[int]] | None = None,
     max_length: int | None = None,
@@ -51,6 +56,9 @@ def optimize(
     Args:
         model: a Hugging Face model or any `nn.Module`, in evaluation mode. It is left untouched.
         plan: the rewrites; None or an empty plan changes nothing but the way it runs.
+        calibration: token batches that static scales and the conditioning of keys and values are measured on: integer
+            tensors [B, S], or mappings with `input_ids` and `attention_mask`. A plan that was calibrated before brings
+            its own numbers. Texts become token batches with `skipstone.tokenize`.
         target: ``"onnxruntime"`` (what ``"auto"`` takes on a CPU) or ``"eager"``, the reference interpreter.
         example_inputs: named example tensors; needed unless the model is a Hugging Face model over tokens.
         dynamic_shapes: for plain modules, the dynamic axes of each input (default: the first two).
@@ -73,6 +81,7 @@ def optimize(
     if max_length is not None and max_length < 1:
         raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
     target = _resolve(target, model)
+    _check_quantization(plan, target, calibration is not None)
     stages = _Stages(progress)
     with stages("capture"):
         captured = _capture(model, example_inputs, dynamic_shapes)
@@ -84,7 +93,9 @@ def optimize(
             hint="Make a plan for this model, or set its 'model' to null if the layers mean the same.",
         )
     with stages("rewrite"):
-        program, refusal = rewrite(captured, plan, target=target, cache=cache, strict=strict)
+        batches = [] if calibration is None else token_batches(calibration, captured.source)
+        options = {"target": target, "cache": cache, "strict": strict, "batches": batches, "progress": progress}
+        program, refusal = rewrite(captured, plan, **options)  # type: ignore[arg-type]
     with stages("lower"):
         session = _lower(program, target, threads)
     stages.close()
@@ -104,6 +115,7 @@ def optimize(
         config=getattr(model, "config", None),
         generation_config=getattr(model, "generation_config", None),
         report=report,
+        plan=replace(plan, model=captured.source.fingerprint, tensors=program.calibration),
         target=target,
         threads=threads,
         max_length=max_length,
@@ -118,15 +130,27 @@ def _model_output(outputs: dict[str, Tensor]) -> ModelOutput:
 
 
 def rewrite(
-    program: Program, plan: Plan, *, target: str, cache: bool = True, strict: bool = True
+    program: Program,
+    plan: Plan,
+    *,
+    target: str,
+    cache: bool = True,
+    strict: bool = True,
+    batches: Sequence[Batch] = (),
+    progress: bool = False,
 ) -> tuple[Program, Unsupported | None]:
     """Run the plan's passes in their fixed order.
 
     Returns:
         the rewritten program, and the reason why it has no KV cache although one was asked for.
     """
+    note_layers(program)
     before: list[Pass] = [CastToFloat32()] if target == "onnxruntime" and _is_half(program) else []
-    program = Pipeline([*before, Cleanup(), *plan], strict).run(program)
+    quantize = _quantization(plan)
+    program = Pipeline([*before, Cleanup(), *(entry for entry in plan if entry is not quantize)], strict).run(program)
+    program.calibration = dict(plan.tensors)
+    if quantize is not None:
+        program = prepare_quantization(program, quantize, batches, strict, progress)
     refusal = None
     if cache:
         try:
@@ -136,7 +160,52 @@ def rewrite(
             remark = Remark(InsertKVCache.name, Status.REFUSED, reason.where, str(reason))
             count = sum(1 for _ in program.nodes())
             program.history.append(Record(InsertKVCache.name, (remark,), count, count, 0.0, readable(program)))
+    if quantize is not None:
+        program = run_pass(quantize, program, strict)
     return run_pass(Cleanup(), program, strict), refusal
+
+
+def prepare_quantization(
+    program: Program, quantize: QuantizeKV, batches: Sequence[Batch], strict: bool = True, progress: bool = False
+) -> Program:
+    """What has to happen before there are cache slots: condition keys and values, split heads, measure ranges.
+
+    Args:
+        program: without a cache.
+        batches: calibration data; without it, the program's own calibration is used where it has one.
+    """
+    if split := quantize.split(program):
+        program = run_pass(split, program, strict)
+    if quantize.condition:
+        if batches:
+            pass  # PENDING
+        raise NotImplementedError
+    if batches:
+        program.calibration |= measure(program, batches, QuantizeKV.name, progress)
+        program.calibration |= estimate_errors(program, quantize, batches)
+    return program
+
+
+def _quantization(plan: Plan) -> QuantizeKV | None:
+    return next((entry for entry in plan if isinstance(entry, QuantizeKV)), None)
+
+
+def _check_quantization(plan: Plan, target: str, calibrated: bool) -> None:
+    """Refuse formats that the target does not have, or that lack their calibration, before any work begins."""
+    quantize = _quantization(plan)
+    if quantize is None:
+        return
+    formats = quantize.validate()
+    if target == "onnxruntime":
+        from skipstone.runtime.onnx.quantized import refuse_formats
+
+        refuse_formats(formats, quantize.residual, quantize.sinks)
+    static = sorted(form.name for form in formats if form.static == "channel")
+    if static and not calibrated and not plan.tensors:
+        raise InvalidPlan(
+            f"quantize_kv: {static[0]} has scales that are calibrated beforehand, and there is no calibration data.",
+            hint="Pass calibration=, a list of token batches, or take granularity='token'.",
+        )
 
 
 def footprint(program: Program) -> Footprint:
@@ -174,12 +243,8 @@ def conversions(before: Program, after: Program) -> tuple[Conversion, ...]:
 
 
 def _kv_bytes_per_token(program: Program) -> int:
-    total = 0
-    for node in program.nodes(*ATTENTION_OPS):
-        for operand in node.args[1:3] if node.kwargs.get("slot", -1) != -1 else ():
-            value = operand.meta["val"]  # type: ignore[union-attr]
-            total += int(value.shape[1]) * int(value.shape[3]) * value.element_size()
-    return total
+    heads = ((node, int(node.args[1].meta["val"].shape[1])) for node in sites(program))  # type: ignore[union-attr]
+    return math.ceil(sum(number * sum(token_bytes(node)) for node, number in heads))
 
 
 def _resolve(target: str, model: nn.Module) -> Any:

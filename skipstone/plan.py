@@ -7,6 +7,7 @@ checks every name, type and number before anything is rewritten.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -15,19 +16,25 @@ import tempfile
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.base import Pass
+from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.skip_sublayers import SkipSublayers
 
 FORMAT = "skipstone.plan"
 VERSION = 1
+TENSORS = ".safetensors"
 
 # Every pass that may stand in a plan, in the order in which they run.
-ENTRIES: tuple[type[Pass], ...] = (SkipSublayers,)
+ENTRIES: tuple[type[Pass], ...] = (SkipSublayers, QuantizeKV)
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,14 @@ class Plan:
     Attributes:
         entries: configurations of passes, each pass at most once, in the order of `ENTRIES`.
         model: fingerprint (`Source.fingerprint`) of the model that the plan was made for, if it is for one alone.
+        tensors: what was calibrated for it, by name; with it, the plan is carried out again without data.
     Raises:
         InvalidPlan: an entry is no pass, stands in the wrong place, or has a field of the wrong type.
     """
 
     entries: Sequence[Pass] = ()
     model: str | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.entries, Pass) or not isinstance(self.entries, Sequence):
@@ -65,14 +74,19 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, in the form of its file."""
         entries = [{"pass": entry.name, "version": entry.version, **_plain_fields(entry)} for entry in self.entries]
-        return {"format": FORMAT, "version": VERSION, "model": self.model, "entries": entries}
+        plan = {"format": FORMAT, "version": VERSION, "model": self.model, "entries": entries}
+        return plan | ({"tensors": hashlib.sha256(self._tensor_bytes()).hexdigest()} if self.tensors else {})
+
+    def _tensor_bytes(self) -> bytes:
+        return safetensors.torch.save(dict(self.tensors))
 
     @classmethod
-    def from_json(cls, text: str | bytes, origin: str = "the plan") -> Plan:
+    def from_json(cls, text: str | bytes, origin: str = "the plan", tensors: bytes | None = None) -> Plan:
         """Read a plan from JSON text.
 
         Args:
             origin: what to call the text in messages, e.g. the file it comes from.
+            tensors: the content of the safetensors file that was saved with it.
         Raises:
             InvalidPlan: it is not a plan, or not one that this version can carry out.
         """
@@ -80,10 +94,10 @@ class Plan:
             data = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise InvalidPlan(f"{origin} is not JSON: {error}.", hint="Is the file complete?") from error
-        return cls.from_dict(data, origin)
+        return cls.from_dict(data, origin, tensors)
 
     @classmethod
-    def from_dict(cls, data: Any, origin: str = "the plan") -> Plan:
+    def from_dict(cls, data: Any, origin: str = "the plan", tensors: bytes | None = None) -> Plan:
         """The plan that `to_dict` wrote; raises like `from_json`."""
         if not isinstance(data, dict):
             raise InvalidPlan(f"{origin} is not a JSON object.", hint=f'It must begin with {{"format": "{FORMAT}"}}.')
@@ -91,20 +105,25 @@ class Plan:
             raise InvalidPlan(f"{origin} is not a plan: its format is {data.get('format')!r}, expected {FORMAT!r}.")
         _check_version(data.get("version"), VERSION, origin)
         for key in data:
-            _check_known(key, ("format", "version", "model", "entries"), f"{origin}: key")
+            _check_known(key, ("format", "version", "model", "entries", "tensors"), f"{origin}: key")
         if not isinstance(data.get("entries"), list):
             raise InvalidPlan(f"{origin}: 'entries' must be a list.")
         entries = [_entry(each, f"{origin}: entry {number}") for number, each in enumerate(data["entries"])]
-        return cls(entries, data.get("model"))
+        return cls(entries, data.get("model"), _read_tensors(data.get("tensors"), tensors, origin))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to a file, whole or not at all.
+        """Write the plan to a file, whole or not at all; its tensors go to a safetensors file of the same name.
 
         Raises:
             ArtifactError: the file cannot be written.
         """
+        path = Path(path)
+        if path.suffix == TENSORS:
+            raise ArtifactError(f"A plan is JSON: it cannot be called {path.name}.", hint="Call it plan.json.")
         try:
-            write_atomically(Path(path), self.to_json())
+            if self.tensors:
+                write_atomically(path.with_suffix(TENSORS), self._tensor_bytes())
+            write_atomically(path, self.to_json().encode())
         except OSError as error:
             raise ArtifactError(f"Cannot write the plan {os.fspath(path)}: {error.strerror or error}.") from error
 
@@ -118,17 +137,38 @@ class Plan:
         name = os.fspath(path)
         try:
             text = Path(path).read_bytes()
+            beside = Path(path).with_suffix(TENSORS)
+            tensors = beside.read_bytes() if beside.exists() else None
         except OSError as error:
             raise InvalidPlan(f"Cannot read the plan {name}: {error.strerror or error}.") from error
-        return cls.from_json(text, origin=name)
+        return cls.from_json(text, name, tensors)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def _read_tensors(digest: Any, content: bytes | None, origin: str) -> dict[str, Tensor]:
+    """The tensors of a plan that names their digest.
+
+    Raises:
+        InvalidPlan: they are missing, or not those that the plan was saved with.
+    """
+    if digest is None:
+        return {}
+    if content is None:
+        hint = f"Keep the {TENSORS} file beside it, or calibrate again."
+        raise InvalidPlan(f"{origin} was saved with calibrated tensors, which are missing.", hint=hint)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise InvalidPlan(f"{origin}: its {TENSORS} file is not the one that it was saved with.")
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise InvalidPlan(f"{origin}: its {TENSORS} file is damaged: {error}.") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a file through a temporary one beside it, so that no reader and no crash ever sees half of it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

@@ -6,60 +6,80 @@ import pytest
 import torch
 
 from skipstone.ir.errors import InvalidInput
-from skipstone.runtime.cache import KVCache, SlotShape
+from skipstone.ir.quantized import cache_format
+from skipstone.runtime.cache import CacheBuffer, KVCache
 
-SLOTS = (SlotShape(2, 8, 8, torch.float32), SlotShape(1, 4, 6, torch.bfloat16))
+
+def layout(name: str, heads: int, width: int, dtype: torch.dtype, form: str = "full", **kept) -> list[CacheBuffer]:
+    """The buffers of one half of a slot."""
+    held = cache_format(form, **kept)
+    parts = held.parts(width, dtype)
+    return [CacheBuffer(f"{name}_{part.name}".removesuffix("_codes"), heads, part, held) for part in parts]
+
+
+PLAIN = (
+    *layout("key_0", 2, 8, torch.float32), *layout("value_0", 2, 8, torch.float32),
+    *layout("key_1", 1, 4, torch.bfloat16), *layout("value_1", 1, 6, torch.bfloat16),
+)  # fmt: skip
 
 
 def filled(batch: int = 3, capacity: int = 5) -> KVCache:
-    cache = KVCache.allocate(SLOTS, batch, capacity, "cpu")
-    for tensor in (*cache.keys, *cache.values):
+    cache = KVCache.allocate(PLAIN, batch, capacity, "cpu")
+    for tensor in cache.buffers.values():
         tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
     cache.lengths = torch.tensor([5, 2, 4])[:batch].clone()
     return cache
 
 
 def test_allocate():
-    cache = KVCache.allocate(SLOTS, 3, 5, torch.device("cpu"))
-    assert [tuple(t.shape) for t in cache.keys] == [(3, 2, 5, 8), (3, 1, 5, 4)]
-    assert [tuple(t.shape) for t in cache.values] == [(3, 2, 5, 8), (3, 1, 5, 6)]
-    assert cache.keys[1].dtype == torch.bfloat16
+    cache = KVCache.allocate(PLAIN, 3, 5, torch.device("cpu"))
+    shapes = {"key_0": (3, 2, 5, 8), "value_0": (3, 2, 5, 8), "key_1": (3, 1, 5, 4), "value_1": (3, 1, 5, 6)}
+    assert {name: tuple(tensor.shape) for name, tensor in cache.buffers.items()} == shapes
+    assert cache.buffers["key_1"].dtype == torch.bfloat16
     assert (cache.batch, cache.capacity, cache.lengths.tolist()) == (3, 5, [0, 0, 0])
-    assert cache.nbytes == 3 * 5 * sum(slot.token_bytes for slot in SLOTS) == 3 * 5 * (128 + 20)
-    assert all(not tensor.any() and tensor.is_contiguous() for tensor in (*cache.keys, *cache.values))
+    assert cache.nbytes == 3 * 5 * sum(each.token_bytes for each in PLAIN) == 3 * 5 * (128 + 20)
+    assert all(not tensor.any() and tensor.is_contiguous() for tensor in cache.buffers.values())
 
 
 def test_growing_keeps_rows_and_clears_the_rest():
     cache, before = filled(), filled()
     cache.grow(9)
     assert cache.capacity == 9
-    assert torch.equal(cache.keys[0][:, :, :5], before.keys[0]) and not cache.keys[0][:, :, 5:].any()
-    assert torch.equal(cache.values[1][:, :, :5], before.values[1]) and not cache.values[1][:, :, 5:].any()
+    assert (
+        torch.equal(cache.buffers["key_0"][:, :, :5], before.buffers["key_0"])
+        and not cache.buffers["key_0"][:, :, 5:].any()
+    )
+    assert (
+        torch.equal(cache.buffers["value_1"][:, :, :5], before.buffers["value_1"])
+        and not cache.buffers["value_1"][:, :, 5:].any()
+    )
     assert cache.lengths.tolist() == [5, 2, 4]
-    buffer = cache.keys[0]
+    buffer = cache.buffers["key_0"]
     cache.grow(9)
-    assert cache.keys[0] is buffer
+    assert cache.buffers["key_0"] is buffer
 
 
 @pytest.mark.parametrize(("lengths", "expected"), [(2, [2, 2, 2]), ([5, 0, 1], [5, 0, 1])])
 def test_cropping_changes_lengths_only(lengths, expected):
     cache = filled()
-    buffer, content = cache.keys[0], cache.keys[0].clone()
+    buffer, content = cache.buffers["key_0"], cache.buffers["key_0"].clone()
     cache.crop(torch.tensor(lengths) if isinstance(lengths, list) else lengths)
     assert cache.lengths.tolist() == expected
-    assert cache.keys[0] is buffer and torch.equal(buffer, content)
+    assert cache.buffers["key_0"] is buffer and torch.equal(buffer, content)
 
 
 def test_select_reorder_and_repeat():
     cache, before = filled(), filled()
     cache.reorder(torch.tensor([2, 2, 0]))
     assert cache.lengths.tolist() == [4, 4, 5]
-    assert torch.equal(cache.values[1], before.values[1][[2, 2, 0]])
+    assert torch.equal(cache.buffers["value_1"], before.buffers["value_1"][[2, 2, 0]])
     cache.select([1])
     assert cache.batch == 1 and cache.lengths.tolist() == [4]
     cache.repeat(2)
     assert cache.lengths.tolist() == [4, 4]
-    assert torch.equal(cache.keys[0], before.keys[0][[2, 2]]) and cache.keys[0].is_contiguous()
+    assert (
+        torch.equal(cache.buffers["key_0"], before.buffers["key_0"][[2, 2]]) and cache.buffers["key_0"].is_contiguous()
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +95,7 @@ def test_select_reorder_and_repeat():
         (lambda c: c.reorder([0]), "1 indices"),
         (lambda c: c.repeat(0), "0 times"),
         (lambda c: KVCache.allocate([], 1, 1), "at least one slot"),
-        (lambda c: KVCache.allocate(SLOTS, 1, 0), "holds nothing"),
+        (lambda c: KVCache.allocate(PLAIN, 1, 0), "holds nothing"),
     ],
 )
 def test_what_cannot_be_is_refused(action, message):

@@ -491,14 +491,16 @@ def test_the_matrices_of_each_expert_are_memory_of_the_stack() -> None:
 def test_prefill_and_decode_in_onnx_runtime(name: str) -> None:
     program = Pipeline([InsertKVCache()]).run(mixture(name)[1])
     reference, session = EagerSession(program), OnnxSession(program, 1)
-    caches = [KVCache.allocate(session.slots, 2, 40) for _ in range(2)]
+    caches = [KVCache.allocate(session.layout, 2, 40) for _ in range(2)]
     start = torch.tensor([0, 0])
     for rows in (17, 1, 1, 5, 1):
         ids, positions = tokens(2, rows) % 61, start.unsqueeze(1) + torch.arange(rows)
         wanted = torch.arange(rows).repeat(2, 1)
         expected, got = (
-            each.step(ids, positions, start, wanted, cache)
+            each.step(ids, positions, torch.full_like(start, rows), wanted, cache)
             for each, cache in zip((reference, session), caches, strict=True)
         )
+        for filled in caches:
+            filled.advance(torch.full_like(start, rows))
         assert relative_difference(got, expected) < 1e-5
         start = start + rows

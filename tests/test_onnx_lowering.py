@@ -101,20 +101,23 @@ def assert_same_steps(program: Program, steps: list[tuple[int, list[int]]], capa
     reference, session = EagerSession(program), OnnxSession(program, 1)
     assert isinstance(session, Session)
     batch = len(steps[0][1])
-    caches = [KVCache.allocate(session.slots, batch, capacity) for _ in range(2)]
-    buffers = [*caches[1].keys, *caches[1].values]
+    caches = [KVCache.allocate(session.layout, batch, capacity) for _ in range(2)]
+    buffers = dict(caches[1].buffers)
     for rows, starts in steps:
         start = torch.tensor(starts)
+        for cache in caches:
+            cache.lengths = start
         tokens = torch.randint(0, VOCABULARY, (batch, rows))
         positions = start.unsqueeze(1) + torch.arange(rows)
         wanted = torch.arange(rows).flip(0).expand(batch, rows).contiguous()
         expected, got = (
-            s.step(tokens, positions, start, wanted, c) for s, c in zip((reference, session), caches, strict=True)
+            s.step(tokens, positions, torch.full_like(start, rows), wanted, c)
+            for s, c in zip((reference, session), caches, strict=True)
         )
         torch.testing.assert_close(got, expected, atol=atol * float(expected.abs().max()), rtol=0)
-        for theirs, mine in zip(*([*cache.keys, *cache.values] for cache in caches), strict=True):
+        for theirs, mine in zip(*(cache.buffers.values() for cache in caches), strict=True):
             torch.testing.assert_close(mine, theirs, atol=atol * float(theirs.abs().max()), rtol=0)
-    assert all(mine is theirs for mine, theirs in zip(buffers, [*caches[1].keys, *caches[1].values], strict=True))
+    assert all(buffer is caches[1].buffers[name] for name, buffer in buffers.items())
 
 
 STEPS = [(7, [0, 0]), (1, [7, 4]), (1, [8, 5]), (5, [9, 2]), (3, [0, 7]), (1, [14, 10]), (9, [15, 1])]
@@ -162,7 +165,7 @@ def test_attention_in_plain_operators(options):
 def test_the_cache_may_grow_between_steps():
     program = build()
     reference, session = EagerSession(program), OnnxSession(program, 1)
-    caches = [KVCache.allocate(session.slots, 1, 4) for _ in range(2)]
+    caches = [KVCache.allocate(session.layout, 1, 4) for _ in range(2)]
     rows = torch.tensor([[0]])
     for position in range(9):
         start = torch.tensor([position])
@@ -170,30 +173,36 @@ def test_the_cache_may_grow_between_steps():
         if position == 4:
             for cache in caches:
                 cache.grow(16)
+        for cache in caches:
+            cache.lengths = start
         expected, got = (
-            s.step(token, start[None], start, rows, c) for s, c in zip((reference, session), caches, strict=True)
+            s.step(token, start[None], torch.tensor([1]), rows, c)
+            for s, c in zip((reference, session), caches, strict=True)
         )
         torch.testing.assert_close(got, expected)
 
 
 def test_logits_of_one_step_survive_the_next():
     session = OnnxSession(build(), 1)
-    cache = KVCache.allocate(session.slots, 1, 8)
+    cache = KVCache.allocate(session.layout, 1, 8)
     rows = torch.tensor([[0]])
-    first = session.step(torch.tensor([[3]]), rows, torch.tensor([0]), rows, cache)
+    one = torch.tensor([1])
+    first = session.step(torch.tensor([[3]]), rows, one, rows, cache)
     kept = first.clone()
-    session.step(torch.tensor([[5]]), rows + 1, torch.tensor([1]), rows, cache)
+    cache.advance(one)
+    session.step(torch.tensor([[5]]), rows + 1, one, rows, cache)
     assert torch.equal(first, kept)
 
 
 def test_a_step_beyond_the_cache_is_refused():
     session = OnnxSession(build(), 1)
-    cache = KVCache.allocate(session.slots, 1, 4)
+    cache = KVCache.allocate(session.layout, 1, 4)
     tokens = torch.zeros(1, 3, dtype=torch.int64)
+    cache.lengths = torch.tensor([2])
     with pytest.raises(InvalidInput, match="5 rows in a cache with room for 4"):
-        session.step(tokens, tokens, torch.tensor([2]), tokens, cache)
+        session.step(tokens, tokens, torch.tensor([3]), tokens, cache)
     with pytest.raises(InvalidInput, match="2 sequences for a cache of 1"):
-        session.step(tokens.expand(2, 3), tokens.expand(2, 3), torch.tensor([0, 0]), tokens.expand(2, 3), cache)
+        session.step(tokens.expand(2, 3), tokens.expand(2, 3), torch.tensor([3, 3]), tokens.expand(2, 3), cache)
 
 
 def llama(**options) -> LlamaForCausalLM:

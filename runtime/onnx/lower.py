@@ -28,18 +28,21 @@ from skipstone.ir.dialect import (
     ATTENTION,
     CACHED_ATTENTION,
     EXPERTS,
+    QUANTIZED_CACHED_ATTENTION,
     Kind,
     attention_reference,
     cached_attention_reference,
+    key_bias_products,
 )
 from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
+from skipstone.ir.formats import parse
 from skipstone.ir.program import Program, module_path
 from skipstone.runtime.onnx import experts
 from skipstone.runtime.onnx.layouts import cancel_moves
 from skipstone.runtime.onnx.operators import gather_operators, rotary
+from skipstone.runtime.onnx.quantized import MICROSOFT, quantization, refuse_attentions
 
 OPSET = 23
-MICROSOFT = "com.microsoft"
 MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 PAGE = 4096
 EXTERNAL_FROM_BYTES = 1024
@@ -77,6 +80,7 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
         Unsupported: a dtype that ONNX Runtime has no CPU kernels for, or an operator that ONNX has no form for.
     """
     _check_dtypes(program)
+    refuse_attentions(program)
     program = gather_operators(program)
     exported = _export(program)
     try:
@@ -124,6 +128,8 @@ class _OnnxForms(fx.Interpreter):
                 return self._group_query_attention(*args, **kwargs)
             case _ if target == CACHED_ATTENTION:
                 return cached_attention_reference(*args, **kwargs)
+            case _ if target == QUANTIZED_CACHED_ATTENTION:
+                return self._quantized_attention(*args, **kwargs)
             case _ if target is rotary:
                 return self._rotary_embedding(*args)
             case _ if target == EXPERTS:
@@ -150,14 +156,24 @@ class _OnnxForms(fx.Interpreter):
         start: Tensor,
         bias: Tensor | None = None,
         sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        frequencies: Tensor | None = None,
+        scales: tuple[Tensor | None, Tensor | None] = (None, None),
         *,
         scale: float,
         kind: str,
         window: int = 0,
         softcap: float = 0.0,
         slot: int = -1,
+        first_position: int = 0,
+        **quantization: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`cached_attention` as GroupQueryAttention; it writes in place when past and present are one buffer."""
+        """`cached_attention` as GroupQueryAttention; it writes in place when past and present are one buffer.
+
+        Args:
+            scales: of the keys and the values of a quantized cache, float32 [KH * D].
+            quantization: the attributes that go with them.
+        """
         batch, heads, rows, width = q.shape
         if start not in self.lengths:
             # `query_seqlens` lets a batch continue with several tokens each, from different starts; `total` is then an
@@ -168,11 +184,15 @@ class _OnnxForms(fx.Interpreter):
         last, total, count = self.lengths[start]
         flat = [x.transpose(1, 2).reshape(batch, rows, x.shape[1] * width) for x in (q, k, v)]
         attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": k.shape[1], "scale": scale, "do_rotary": 0}
+        attributes |= quantization
         if kind == Kind.SLIDING:
             attributes["local_window_size"] = window
         if softcap > 0:
             attributes["softcap"] = softcap
-        inputs = (*flat, k_cache, v_cache, last, total, None, None, None, None, sinks, None, None, None, None, count)
+        constant = key_bias_products(q, key_bias, frequencies, k_cache.shape[2], first_position)
+        if constant is not None:
+            bias = constant * scale
+        inputs = (*flat, k_cache, v_cache, last, total, None, None, None, bias, sinks, *scales, None, None, count)
         out, keys, values = torch.onnx.ops.symbolic_multi_out(
             f"{MICROSOFT}::GroupQueryAttention",
             inputs,
@@ -182,6 +202,31 @@ class _OnnxForms(fx.Interpreter):
             version=1,
         )
         return out.reshape(batch, rows, heads, width).transpose(1, 2), keys, values
+
+    def _quantized_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: list[Tensor],
+        v_cache: list[Tensor],
+        start: Tensor,
+        count: Tensor | None = None,
+        k_static: Tensor | None = None,
+        v_static: Tensor | None = None,
+        *constants: Tensor | None,
+        k_format: str,
+        v_format: str,
+        residual: int = 0,
+        first: int = 0,
+        **options: Any,
+    ) -> list[Tensor]:
+        """`quantized_cached_attention` over codes with one static scale a channel."""
+        scales = tuple(None if each is None else each.flatten() for each in (k_static, v_static))
+        attributes = quantization(parse(k_format).bits)
+        caches = (k_cache[0], v_cache[0])
+        out = self._group_query_attention(q, k, v, *caches, start, None, *constants, scales, **options, **attributes)  # type: ignore
+        return list(out)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -206,14 +251,18 @@ def _has_group_query_form(
     start: Tensor,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    frequencies: Tensor | None = None,
     *,
     kind: str,
+    softcap: float = 0.0,
     **_options: Any,
 ) -> bool:
     """Whether GroupQueryAttention computes exactly this `cached_attention`."""
     one_width = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0
     one_dtype = {x.dtype for x in (q, k, v, k_cache, v_cache)} == {torch.float32}
-    return kind in (Kind.CAUSAL, Kind.SLIDING) and bias is None and one_width and one_dtype
+    capped = key_bias is not None and softcap > 0  # its bias is added behind the cap
+    return kind in (Kind.CAUSAL, Kind.SLIDING) and bias is None and one_width and one_dtype and not capped
 
 
 class _Wrapper(nn.Module):

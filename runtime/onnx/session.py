@@ -13,7 +13,7 @@ from skipstone.ir.program import Program, Role
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.onnx.lower import LoweredModel, lower
 from skipstone.runtime.onnx.memory import large_blocks_apart
-from skipstone.runtime.session import check_cache, slot_shapes, step_inputs
+from skipstone.runtime.session import cache_layout, check_cache, step_inputs, written_buffers
 
 
 class OnnxSession:
@@ -31,7 +31,8 @@ class OnnxSession:
 
     def __init__(self, program: Program, threads: int | None = None) -> None:
         self.program = program
-        self.slots = slot_shapes(program)
+        self.layout = cache_layout(program)
+        self._written = written_buffers(program)
         lowered = lower(program)
         # ONNX Runtime reads these for as long as it lives.
         self._weights = lowered.tensors
@@ -52,12 +53,13 @@ class OnnxSession:
             name: torch.from_dlpack(value) for name, value in zip(self._outputs, binding.get_outputs(), strict=True)
         }
 
-    def step(self, tokens: Tensor, positions: Tensor, start: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
         """See `Session.step`."""
-        check_cache(self.slots, tokens, start, cache)
-        values = step_inputs(self.program, tokens, positions, start, logit_rows)
+        check_cache(self.layout, tokens, cache)
+        values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
         if self._binding is None or not self._binding.fits(values, cache):
-            self._binding = _StepBinding(self._session, self.program, values, cache)
+            logits = next(port.name for port in self.program.outputs if port.role == Role.LOGITS)
+            self._binding = _StepBinding(self._session, logits, values, cache, self._written)
         return self._binding.run(values)
 
 
@@ -65,31 +67,28 @@ class _StepBinding:
     """The bindings of one step, reused for as long as the sizes and the cache buffers stay the same."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, program: Program, values: Mapping[str, Tensor], cache: KVCache
+        self,
+        session: onnxruntime.InferenceSession,
+        logits: str,
+        values: Mapping[str, Tensor],
+        cache: KVCache,
+        written: Mapping[str, str],
     ) -> None:
-        self.session = session
+        self.session, self.logits = session, logits
         self.binding = session.io_binding()
         self.inputs = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in values.items()}
-        self.buffers = [*cache.keys, *cache.values]
+        self.buffers = dict(cache.buffers)
         for name, tensor in self.inputs.items():
             self.binding.bind_ortvalue_input(name, share(tensor))
-        shared = {
-            (role, slot): share(tensor)
-            for role, tensors in ((Role.CACHE_KEY, cache.keys), (Role.CACHE_VALUE, cache.values))
-            for slot, tensor in enumerate(tensors)
-        }
-        for port in program.inputs:
-            if port.slot is not None:
-                self.binding.bind_ortvalue_input(port.name, shared[port.role, port.slot])
-        for port in program.outputs:
-            if port.slot is not None:
-                self.binding.bind_ortvalue_output(port.name, shared[port.role, port.slot])
-        self.logits = next(port.name for port in program.outputs if port.role == Role.LOGITS)
+        shared = {name: share(tensor) for name, tensor in self.buffers.items()}
+        for name, value in shared.items():
+            self.binding.bind_ortvalue_input(name, value)
+        for name, buffer in written.items():
+            self.binding.bind_ortvalue_output(name, shared[buffer])
 
     def fits(self, values: Mapping[str, Tensor], cache: KVCache) -> bool:
         """Whether a step with these inputs and this cache can use the binding."""
-        buffers = (*cache.keys, *cache.values)
-        same_cache = all(mine is theirs for mine, theirs in zip(self.buffers, buffers, strict=True))
+        same_cache = all(tensor is cache.buffers[name] for name, tensor in self.buffers.items())
         return same_cache and all(values[name].shape == mine.shape for name, mine in self.inputs.items())
 
     def run(self, values: Mapping[str, Tensor]) -> Tensor:

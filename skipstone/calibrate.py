@@ -1,0 +1,182 @@
+"""Calibration: what passes need to know of real data, gathered by running the program over it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from skipstone.ir.dialect import attention_reference
+from skipstone.ir.errors import InvalidInput, UserError
+from skipstone.ir.formats import Format
+from skipstone.ir.program import Program, Role, Source
+from skipstone.ir.statistics import ChannelStatistics, sites
+from skipstone.passes.quantize_kv import QuantizeKV, static_tensor
+from skipstone.runtime.executable import Layout
+
+ERROR_TOKENS = 512
+"""Tokens of the first calibration batch on which the error of a format is estimated."""
+
+CalibrationData = Iterable[Tensor | Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to calibrate on.
+
+    Attributes:
+        tokens: int64 [B, S], valid tokens first.
+        valid: bool [B, S], true on valid tokens.
+    """
+
+    tokens: Tensor
+    valid: Tensor
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any, length: int = 512) -> list[Tensor]:
+    """Token batches [1, S] of texts, cut to windows of at most `length` tokens.
+
+    Args:
+        texts: at least one.
+        tokenizer: a Hugging Face tokenizer.
+        length: tokens a window.
+    Raises:
+        InvalidInput: there is no text that has tokens.
+    """
+    ids = [torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64) for text in texts]
+    windows = [window.unsqueeze(0) for each in ids if len(each) for window in each.split(length)]
+    if not windows:
+        raise InvalidInput("the calibration texts hold no tokens.")
+    return windows
+
+
+def token_batches(data: CalibrationData, source: Source) -> list[Batch]:
+    """Check calibration data.
+
+    Args:
+        data: tensors of token ids [B, S] (or [S]), or mappings with `input_ids` and, where padded, `attention_mask`.
+        source: the model that they are for.
+    Raises:
+        InvalidInput: it is empty, or a batch has the wrong shape, type or token ids; the message says which.
+    """
+    if isinstance(data, Tensor | Mapping):
+        data = [data]
+    batches = []
+    for number, item in enumerate(data):
+        where = f"calibration batch {number}"
+        if isinstance(item, str):
+            hint = "Turn texts into tokens: calibration=skipstone.tokenize(texts, tokenizer)."
+            raise InvalidInput(f"{where} is a text.", hint=hint)
+        tokens = item.get("input_ids") if isinstance(item, Mapping) else item
+        mask = item.get("attention_mask") if isinstance(item, Mapping) else None
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+            found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise InvalidInput(f"{where} is {found}.", hint="Give token ids: integers [batch, sequence].")
+        tokens = tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise InvalidInput(f"{where} has shape {list(tokens.shape)}.", hint="Give tokens [batch, sequence].")
+        if mask is not None and mask.shape != tokens.shape:
+            raise InvalidInput(f"{where}: attention_mask {list(mask.shape)} for tokens {list(tokens.shape)}.")
+        vocabulary, longest = source.vocabulary, source.max_positions
+        if int(tokens.min()) < 0 or (vocabulary is not None and int(tokens.max()) >= vocabulary):
+            raise InvalidInput(f"{where} holds token ids outside [0, {vocabulary}).", hint="Use the model's tokenizer.")
+        if longest is not None and tokens.shape[1] > longest:
+            raise InvalidInput(f"{where} has {tokens.shape[1]} tokens a row, the model takes {longest}.")
+        layout = Layout.of(tokens, None if mask is None else mask != 0)
+        columns = torch.arange(layout.width).unsqueeze(0)
+        batches.append(Batch(layout.to_front(tokens.long()), columns < layout.counts.unsqueeze(1)))
+    if not batches:
+        raise InvalidInput("the calibration data is empty.", hint="Give at least one batch of tokens.")
+    return batches
+
+
+def measure(program: Program, batches: Sequence[Batch], pass_name: str, progress: bool = False) -> dict[str, Tensor]:
+    """Ranges and means of the keys and values of every attention, channel by channel, in one pass over the data.
+
+    Args:
+        program: without a cache.
+        pass_name: the pass that they are for.
+        progress: show a progress bar.
+    Returns:
+        the tensors that `skipstone.ir.statistics.calibrated` reads, by name.
+    Raises:
+        InvalidInput: the data leads to NaN or infinite keys or values.
+    """
+    found: dict[str, ChannelStatistics] = {}
+    for batch in tqdm(batches, desc=f"calibrate {pass_name}", disable=not progress, leave=False):
+
+        def observe(node: fx.Node, site: str, args: tuple[Any, ...], valid: Tensor = batch.valid) -> None:
+            for which, rows in zip(("key", "value"), args[1:3], strict=True):
+                name = f"{pass_name}/{site}/{which}"
+                try:
+                    new = ChannelStatistics.of(rows, valid.to(rows.device))
+                except InvalidInput as error:
+                    raise InvalidInput(f"{which}s at {site}: {error.problem}", hint=error.hint) from error
+                found[name] = found[name].merge(new) if name in found else new
+
+        _run(program, batch, observe)
+    return {f"{name}/{key}": value for name, each in found.items() for key, value in each.tensors().items()}
+
+
+def estimate_errors(program: Program, entry: QuantizeKV, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The relative error of each attention's output when its keys and values alone go through their formats.
+
+    It is ``|O' - O| / |O|`` (Frobenius norms) on the first `ERROR_TOKENS` tokens of the first batch; rows that a plan
+    keeps in full precision are not taken out.
+
+    Args:
+        program: calibrated, without a cache.
+        entry: the formats.
+    Returns:
+        scalars by name, as `QuantizeKV` reports them.
+    """
+    first = Batch(batches[0].tokens[:1, :ERROR_TOKENS], batches[0].valid[:1, :ERROR_TOKENS])
+    errors: dict[str, Tensor] = {}
+
+    def observe(node: fx.Node, site: str, args: tuple[Any, ...]) -> None:
+        kept = [
+            _through(form, x, static_tensor(program, node, site, which, form))
+            for which, form, x in zip(("key", "value"), entry.formats(node), args[1:3], strict=True)
+        ]
+        options: dict[str, Any] = dict(node.kwargs)
+        exact, rounded = (attention_reference(*each, **options) for each in (args, (args[0], *kept, *args[3:])))
+        exact, rounded = (each[:, :, : int(first.valid.sum())].float() for each in (exact, rounded))
+        errors[f"{entry.name}/{site}/error"] = ((rounded - exact).norm() / exact.norm().clamp(min=1e-30)).cpu()
+
+    _run(program, first, observe)
+    return errors
+
+
+def _through(form: Format, x: Tensor, static: Tensor | None) -> Tensor:
+    """x [B, KH, T, D] as the cache gives it back; tokens whose group is not complete stay as they are."""
+    rows = x.shape[2] // form.group_tokens * form.group_tokens
+    coded = form.decode(form.encode(x[:, :, :rows], static), static, x.dtype, x.shape[3])
+    return torch.cat([coded, x[:, :, rows:]], dim=2)
+
+
+@torch.no_grad()
+def _run(program: Program, batch: Batch, observe: Callable[[fx.Node, str, tuple[Any, ...]], None]) -> None:
+    """Run a program without a cache, and show the operands of every attention to `observe`."""
+    device = program.source.device
+    columns = torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape) + program.source.first_position
+    values = {Role.TOKENS: batch.tokens, Role.POSITIONS: columns.contiguous()}
+    known = {port.role for port in program.inputs}
+    if known - set(values) or Role.TOKENS not in known:
+        raise UserError(f"calibration needs a model over tokens alone, this one takes {sorted(known)}.")
+    _Observer(program, observe).run(*(values[port.role].to(device) for port in program.inputs))
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, program: Program, observe: Callable[[fx.Node, str, tuple[Any, ...]], None]) -> None:
+        super().__init__(program.module)
+        self.sites, self.observe = sites(program), observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.sites:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self.observe(n, self.sites[n], args)
+        return super().run_node(n)
