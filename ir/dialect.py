@@ -6,6 +6,8 @@ CPU kernel, the test oracle and the specification. Programs are functional: no o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -190,6 +192,12 @@ ATTENTION = torch.ops.skipstone.attention.default
 CACHED_ATTENTION = torch.ops.skipstone.cached_attention.default
 CACHED_OPS = (CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION)
 ATTENTION_OPS = (ATTENTION, *CACHED_OPS)
+
+
+def key_bias_of(node: fx.Node) -> Any:
+    """The `key_bias` operand of one of `ATTENTION_OPS`, None where it has none."""
+    place = {ATTENTION: 6, CACHED_ATTENTION: 8, QUANTIZED_CACHED_ATTENTION: 10}[node.target]  # type: ignore[index]
+    return node.args[place] if len(node.args) > place else None
 
 
 def cache_operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -143,7 +143,7 @@ def run_pass(each: Pass, program: Program, strict: bool = True) -> Program:
 
 def _mandatory(each: Pass) -> bool:
     """Passes that run on every program, whether or not they find something to do."""
-    return each.name in ("cleanup", "kv_cache")
+    return each.name in ("cleanup", "condition_kv", "kv_cache")
 
 
 def summary(remarks: Iterable[Remark]) -> dict[Status, int]:

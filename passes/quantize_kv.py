@@ -13,10 +13,12 @@ from skipstone.ir.cost import token_bytes
 from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION, cache_operands
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.formats import Format, Full, choose
+from skipstone.ir.key_bias import large_key_biases
 from skipstone.ir.program import Port, Program, Role, provenance
 from skipstone.ir.quantized import cache_format
 from skipstone.ir.statistics import calibrated, sites
 from skipstone.passes.base import Pass, Remark
+from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.split_heads import HEADS, SplitHeads
 
 MARGIN = 1.1
@@ -24,6 +26,21 @@ MARGIN = 1.1
 
 Granularity = Literal["channel", "token", "group"]
 Pair = tuple[Format, Format]  # of the keys and of the values
+
+
+def _key_gains(form: Format) -> set[Rewrite]:
+    """Rewrites that make keys lose less in a format; scales a channel adapt to each channel as it is."""
+    return set() if isinstance(form, Full) or form.static == "channel" or form.group_tokens > 1 else {Rewrite.SMOOTH_K}
+
+
+def _value_gains(form: Format) -> set[Rewrite]:
+    """The same for values."""
+    return set() if isinstance(form, Full) or form.static == "channel" else {Rewrite.FOLD_V_SCALE}
+
+
+GAINS = (_key_gains, _value_gains)
+DATA_FREE = {Rewrite.SPLIT_K_BIAS, Rewrite.FOLD_V_ROTATION}
+"""Rewrites that need no statistics."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +99,10 @@ class QuantizeKV(Pass):
         for field in ("residual", "sinks"):
             if getattr(self, field) < 0:
                 raise InvalidPlan(f"quantize_kv: {field} is {getattr(self, field)}, expected 0 or more.")
-        pairs = [self._pair(), *(self._pair(choice) for choice in self.choices)]
-        return frozenset(form for pair in pairs for form in pair)
+        return frozenset(form for pair in self._pairs() for form in pair)
+
+    def _pairs(self) -> list[Pair]:
+        return [self._pair(), *(self._pair(choice) for choice in self.choices)]
 
     def _pair(self, choice: FormatChoice | None = None) -> Pair:
         named = {"k": self.k, "v": self.v, "granularity": self.granularity}
@@ -91,6 +110,18 @@ class QuantizeKV(Pass):
             named |= {name: value for name in named if (value := getattr(choice, name)) is not None}
         keys, values = (choose(named[which], named["granularity"], which, self.group) for which in ("k", "v"))
         return keys, values
+
+    def conditioning(self, calibrated: bool) -> ConditionKV:
+        """The pass that rewrites keys and values for these formats.
+
+        Args:
+            calibrated: whether the program has the statistics that some of the rewrites need.
+        """
+        rewrites = {Rewrite.SPLIT_K_BIAS}
+        if calibrated:
+            for pair in self._pairs():
+                rewrites |= {rewrite for form, gains in zip(pair, GAINS, strict=True) for rewrite in gains(form)}
+        return ConditionKV(tuple(rewrite for rewrite in Rewrite if rewrite in rewrites))
 
     def split(self, program: Program) -> SplitHeads | None:
         """The pass that has to run before there are cache slots, where heads of one attention differ in their formats.
@@ -124,6 +155,18 @@ class QuantizeKV(Pass):
         """The formats of an attention, all of whose heads have the same."""
         return self._formats(node.meta.get("layer"), node.meta.get(HEADS, (0,))[0])
 
+    def _reason_against(self, program: Program) -> dict[fx.Node, str]:
+        """The attentions that stay in full precision although they are chosen, and why."""
+        large = large_key_biases(program) if self.condition else {}
+        reasons = {}
+        for node, site in sites(program).items():
+            reason = _refusal(node)
+            if site in large and not reason:
+                reason = f"a key bias {large[site]:.0f} times as large as the keys cannot be left out of them"
+            if reason:
+                reasons[node] = reason
+        return reasons
+
     def check(self, program: Program) -> None:
         """See `Pass.check`."""
         self.validate()
@@ -131,8 +174,9 @@ class QuantizeKV(Pass):
             hint = "Remove it from the plan, or use cache=True."
             raise Unsupported("quantize_kv for a program without a KV cache", hint=hint)
         self._check_layers({node.meta.get("layer") for node in sites(program)})
+        refused = self._reason_against(program)
         for node, site in sites(program).items():
-            if _refusal(program, node) is None:
+            if node not in refused:
                 for which, form, width in self._halves(node):
                     try:
                         form.check(width)
@@ -156,12 +200,12 @@ class QuantizeKV(Pass):
 
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""
-        remarks = []
+        remarks, refused = [], self._reason_against(program)
         for node, site in sites(program).items():
             if all(isinstance(form, Full) for form in self.formats(node)):
                 continue
-            if reason := _refusal(program, node):
-                remarks.append(self.refused(site, reason))
+            if node in refused:
+                remarks.append(self.refused(site, refused[node]))
                 continue
             call = self._quantize(program, node, site)
             remarks.append(self._remark(program, call, site, before=sum(token_bytes(node))))
@@ -209,8 +253,9 @@ class QuantizeKV(Pass):
 
     def ensures(self, program: Program) -> None:
         """See `Pass.ensures`."""
+        refused = self._reason_against(program)
         for node in program.nodes(CACHED_ATTENTION):
-            if _refusal(program, node) is None and not all(isinstance(form, Full) for form in self.formats(node)):
+            if node not in refused and not all(isinstance(form, Full) for form in self.formats(node)):
                 raise InternalError(f"{node.name} is not quantized")
 
 
@@ -229,8 +274,8 @@ def static_tensor(program: Program, node: fx.Node, site: str, which: str, form: 
     return form.static_from(low, high, MARGIN)
 
 
-def _refusal(program: Program, node: fx.Node) -> str | None:
-    """Why an attention keeps its cache in full precision."""
+def _refusal(node: fx.Node) -> str:
+    """Why an attention keeps its cache in full precision, "" if it need not."""
     key, value = (operand.meta["val"] for operand in node.args[1:3])  # type: ignore[union-attr]
     if key.shape[3] != value.shape[3]:
         return (
@@ -241,7 +286,7 @@ def _refusal(program: Program, node: fx.Node) -> str | None:
         readers = [user for user in operand.users if user.target in (ATTENTION, CACHED_ATTENTION)]  # type: ignore[union-attr]
         if len(readers) > 1 or node.args[1] is node.args[2]:
             return f"its {what} are shared with another attention, or are keys and values at once"
-    return None
+    return ""
 
 
 def _count(program: Program) -> fx.Node:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
-from skipstone.ir.dialect import ATTENTION_OPS, Kind
+from skipstone.ir.dialect import ATTENTION_OPS, Kind, key_bias_of
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role, module_path
 from skipstone.ir.sequence import offenders
@@ -382,7 +382,8 @@ class TokenModel(Executable):
         Returns:
             logits [B, R, V].
         Raises:
-            InvalidInput: the sequence becomes longer than the limit, or the cache is of another batch.
+            InvalidInput: the sequence becomes longer than the limit, the cache is of another batch, or positions do not
+                count up where that is needed.
         """
         batch, width = tokens.shape
         if cache is not None and cache.batch != batch:
@@ -393,6 +394,8 @@ class TokenModel(Executable):
             # Padding repeats the last valid position: it must not run past the table of learned positions.
             offsets = torch.arange(width, device=tokens.device).minimum((layout.counts - 1).clamp(min=0).unsqueeze(1))
             positions = start.unsqueeze(1) + offsets + self.program.source.first_position
+        elif self._counts_positions:
+            self._check_counted(positions, start, layout)
         if not self.supports_cache:
             return self._recompute(tokens, positions, rows, extra or {})
         if cache is None:
@@ -402,6 +405,21 @@ class TokenModel(Executable):
         logits = self.session.step(tokens, positions, layout.counts, rows, cache).clone()
         cache.advance(layout.counts)
         return logits
+
+    @cached_property
+    def _counts_positions(self) -> bool:
+        """Whether some attention adds a key bias itself, for positions that it counts from the first one on."""
+        return any(key_bias_of(node) is not None for node in self.program.nodes(*ATTENTION_OPS))
+
+    def _check_counted(self, positions: Tensor, start: Tensor, layout: Layout) -> None:
+        """Refuse position_ids [B, S] that do not count on from the rows in the cache."""
+        columns = torch.arange(positions.shape[1], device=positions.device)
+        counted = start.unsqueeze(1) + columns + self.program.source.first_position
+        if bool(((positions != counted) & (columns < layout.counts.unsqueeze(1))).any()):
+            raise InvalidInput(
+                "position_ids must count up by one from the first token: the keys' bias was split from the keys.",
+                hint="Leave position_ids out, or use QuantizeKV(condition=False).",
+            )
 
     def _recompute(self, tokens: Tensor, positions: Tensor, rows: Tensor, extra: dict[str, Tensor]) -> Tensor:
         by_role = {Role.TOKENS: tokens, Role.POSITIONS: positions, Role.LOGIT_ROWS: rows}

@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from skipstone.ir.dialect import QUANTIZED_CACHED_ATTENTION, Kind
+from skipstone.ir.dialect import QUANTIZED_CACHED_ATTENTION, Kind, key_bias_of
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.formats import Format, Full, IntegerChannel, parse
 from skipstone.ir.program import Program, module_path
@@ -51,7 +51,7 @@ def refuse_attentions(program: Program) -> None:
         keys, values = (parse(str(node.kwargs[name])) for name in ("k_format", "v_format"))
         refuse_formats((keys, values), int(node.kwargs["residual"]), int(node.kwargs["first"]))  # type: ignore[call-overload]
         kind, width = node.kwargs["kind"], int(node.args[0].meta["val"].shape[3])  # type: ignore[union-attr]
-        key_bias = node.args[10]
+        key_bias = key_bias_of(node)
         problem = ""
         if keys != values:
             problem = f"keys in {keys.name} beside values in {values.name}"
