@@ -105,10 +105,9 @@ class Float(Element):
     def encode(self, x: Tensor) -> Tensor:
         magnitude = x.abs().clamp(max=self.high)
         exponent = self._exponent(magnitude)
-        # A mantissa that rounds up to the next power of two carries into the exponent by itself.
-        codes = torch.round(magnitude / self._step(exponent)) + (
-            (exponent - self.lowest_exponent) << self.mantissa_bits
-        )
+        mantissa = torch.round(magnitude / self._step(exponent))
+        # One that rounds up to the next power of two carries into the exponent by itself.
+        codes = mantissa + ((exponent - self.lowest_exponent) << self.mantissa_bits)
         codes = torch.where(torch.signbit(x), codes + self.sign, codes)
         codes = torch.where(torch.isnan(x), self.nan, codes).to(self.storage)
         return pack(codes) if self.packed else codes

@@ -77,11 +77,14 @@ class IntegerChannel(Quantized):
 
 
 class TokenScale(Quantized):
-    """One float32 scale per token and head, which maps its largest magnitude to the largest value of the element."""
+    """One float32 scale per token and head, which maps its largest magnitude to the largest value of the element.
+
+    A token that holds an infinity has the scale infinity and is NaN throughout: its codes are 0 or NaN.
+    """
 
     def scales(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, ...]:
         amax = x.abs().amax(-1, keepdim=True)
-        return (_finite_or_nan(_quotient(amax, self.element.high).to(torch.float32)),)
+        return (_quotient(amax, self.element.high).to(torch.float32),)
 
     def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
         return scales[0], None
@@ -205,7 +208,7 @@ class Nvfp4(Quantized):
     def scales(self, x: Tensor, static: Tensor | None) -> tuple[Tensor, ...]:
         amax = x.unflatten(-1, (-1, self.group)).abs().amax(-1)
         g = self._required(static).to(x.dtype)
-        scale = torch.where(g == 0, 0.0, _quotient(amax, E2M1.high) / g).clamp(max=E4M3.high)
+        scale = torch.where(g == 0, 0.0, _quotient(amax, E2M1.high) / g)  # the code saturates at 448
         return (E4M3.encode(torch.where(amax.isfinite(), scale, torch.nan)),)
 
     def affine(self, scales: Sequence[Tensor], static: Tensor | None) -> tuple[Tensor, None]:
@@ -302,10 +305,6 @@ _FORMATS: dict[tuple[str, str], Format] = {
 def _nearest(name: str, known: Sequence[str] | dict[str, Format]) -> str:
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"Did you mean {nearest[0]!r}?" if nearest else f"Known are {', '.join(known)}."
-
-
-def _finite_or_nan(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), x, torch.nan)
 
 
 def _quotient(x: Tensor, divisor: float) -> Tensor:
