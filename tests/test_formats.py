@@ -48,6 +48,7 @@ def awkward(width: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     x[0] *= 10.0 ** torch.empty(3, 64, 1).uniform_(-4, 3)
     x[1, 0] = 0.25 * torch.randint(-40, 40, (64, width))  # many ties
     x[1, 1, :, ::7] *= 50  # outlier channels
+    x[:, :2, :, 9] = x[:, :2, :, 9].abs() + 3  # far from zero
     x[1, 2, ::5] *= 1e-41  # subnormal
     x[1, 2, 1] = 2.0**-149 * torch.randint(-190, -180, (width,))  # the scale rounds far down, and codes have to clip
     x[0, 0, 3] = 0
@@ -56,7 +57,6 @@ def awkward(width: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     x[0, 1, 5] = x[0, 1, 5].abs() + 5
     x[0, 2, 6] *= 1e-6
     x[0, 2, 6, 17] = -3e4
-    x[:, :, :, 9] = x[:, :, :, 9].abs() + 3
     return x.to(dtype)
 
 
