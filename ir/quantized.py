@@ -24,7 +24,7 @@ from skipstone.ir.attention import (
 from skipstone.ir.formats import Format, Full, parse
 
 TILE = 1024
-"""Cache rows that the reference dequantizes at a time. A multiple of every number of tokens that share a scale."""
+"""Cache rows that the reference dequantizes at a time, or fewer, so that tokens that share a scale stay together."""
 
 SPARE = 32
 """Rows of the ring beyond those that are read: so many tokens can be cropped (speculative decoding, beams)."""
@@ -196,8 +196,10 @@ class _Reader:
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """The decoded cache, as first row and [B, KH, TILE, D] of each tile, one at a time."""
-        for begin in range(0, self.capacity, TILE):
-            end = min(begin + TILE, self.capacity)
+        group = self.form.format.group_tokens
+        step = max(TILE // group, 1) * group
+        for begin in range(0, self.capacity, step):
+            end = min(begin + step, self.capacity)
             pairs = zip(self.body, self.tokens, strict=True)
             cut = [part[:, :, begin // tokens : -(-end // tokens)] for part, tokens in pairs]
             yield begin, self.form.format.decode(cut, self.static, self.exact, self.width)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
 from skipstone.ir.cost import token_bytes
@@ -260,7 +261,9 @@ class QuantizeKV(Pass):
 
 
 def static_tensor(program: Program, node: fx.Node, site: str, which: str, form: Format) -> Tensor | None:
-    """The calibrated static tensor of a format at an attention; None where the format has none, or can do without.
+    """The static tensor of a format at an attention: float32 [KH, D] or [KH, 1]; None where the format has none.
+
+    Without calibration, a global scale of one serves formats whose own scales reach far (nvfp4: up to 2688).
 
     Raises:
         InvalidInput: the format needs calibrated ranges that the program does not have, or that are damaged.
@@ -268,8 +271,10 @@ def static_tensor(program: Program, node: fx.Node, site: str, which: str, form: 
     operand: Any = node.args[1 if which == "key" else 2]
     shape = (int(operand.meta["val"].shape[1]), int(operand.meta["val"].shape[3]))
     measured = f"{QuantizeKV.name}/{site}/{which}/minimum" in program.calibration
-    if form.static == "" or (form.static == "head" and not measured):
+    if form.static == "":
         return None
+    if form.static == "head" and not measured:
+        return torch.ones(shape[0], 1)
     low, high = (calibrated(program, QuantizeKV.name, site, which, each, shape) for each in ("minimum", "maximum"))
     return form.static_from(low, high, MARGIN)
 

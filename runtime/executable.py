@@ -8,6 +8,7 @@ Hugging Face's `generate` to it. Building an `Executable` gives whichever class 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -353,6 +354,16 @@ class TokenModel(Executable):
         """An empty cache with room for `rows` tokens a sequence, and `spare` more if the model reaches so far."""
         capacity = self._bounded(self.max_length or rows + spare)
         return KVCache.allocate(self.session.layout, batch, max(capacity, rows), self.device)
+
+    def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
+        """Read a cache that `KVCache.save` wrote for this program.
+
+        Raises:
+            ArtifactError: it is no such file, or a cache of another program.
+            Unsupported: the program has no cache.
+        """
+        self.require_cache()
+        return KVCache.load(path, self.session.layout, self.device)
 
     def reserve(self, cache: KVCache, rows: int) -> None:
         """Make room for `rows` tokens a sequence: the capacity doubles, up to the limit."""

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipstone import errors as errors
+    from skipstone.calibrate import tokenize as tokenize
     from skipstone.optimize import optimize as optimize
+    from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
+    from skipstone.passes.quantize_kv import QuantizeKV as QuantizeKV
     from skipstone.passes.skip_sublayers import SkipSublayers as SkipSublayers
     from skipstone.plan import Plan as Plan
     from skipstone.report import Report as Report
@@ -22,10 +25,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Executable": "skipstone.runtime.executable",
+    "FormatChoice": "skipstone.passes.quantize_kv",
     "Plan": "skipstone.plan",
+    "QuantizeKV": "skipstone.passes.quantize_kv",
     "Report": "skipstone.report",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
     "optimize": "skipstone.optimize",
+    "tokenize": "skipstone.calibrate",
 }
 
 __all__ = [*sorted(_HOME), "__version__", "errors"]
