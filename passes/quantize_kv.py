@@ -25,6 +25,8 @@ from skipstone.passes.split_heads import HEADS, SplitHeads
 MARGIN = 1.1
 """Static scales leave room for values this many times larger than the calibrated ones: beyond, they saturate."""
 
+ERROR = "relative_output_error"  # of a remark's numbers
+
 Granularity = Literal["channel", "token", "group"]
 Pair = tuple[Format, Format]  # of the keys and of the values
 
@@ -211,6 +213,10 @@ class QuantizeKV(Pass):
             call = self._quantize(program, node, site)
             remarks.append(self._remark(program, call, site, before=sum(token_bytes(node))))
             _drop(program, node)
+        if errors := {remark.where: remark.numbers[ERROR] for remark in remarks if ERROR in remark.numbers}:
+            worst = max(errors, key=lambda site: errors[site])
+            estimate = f"estimated relative error of the outputs: {min(errors.values()):.1e} to {errors[worst]:.1e}"
+            remarks.append(self.applied("model", f"{estimate}, the largest at {worst}"))
         return remarks or [self.missed("model", "no cached attention is to be quantized")]
 
     def _remark(self, program: Program, call: fx.Node, site: str, before: float) -> Remark:
@@ -218,7 +224,7 @@ class QuantizeKV(Pass):
         numbers = {"bytes_per_token_and_head": sum(token_bytes(call)), "bytes_before": before}
         error = program.calibration.get(f"{self.name}/{site}/error")
         if error is not None:
-            numbers["relative_output_error"] = float(error)
+            numbers[ERROR] = float(error)
         return self.applied(site, f"keys in {keys}, values in {values}", **numbers)
 
     def _quantize(self, program: Program, node: fx.Node, site: str) -> fx.Node:

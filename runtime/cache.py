@@ -232,11 +232,15 @@ class KVCache:
                 hint="Load it into the model and plan that it was saved from.",
             )
         lengths, reached = (tensors.pop(name, torch.empty(0)) for name in ("lengths", "reached"))
-        longest = max(1, int(lengths.max())) if lengths.numel() else 0
-        cache = cls.allocate(layout, max(1, len(lengths)), max(1, longest), device)
-        shapes = {name: buffer.shape for name, buffer in cache.buffers.items()}
-        if lengths.dtype != torch.int64 or shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise ArtifactError(f"{os.fspath(path)} is damaged: its tensors do not have the shapes of a cache.")
+        counts = lengths.dtype == reached.dtype == torch.int64 and lengths.shape == reached.shape and lengths.dim() == 1
+        if not counts or len(lengths) == 0 or int(lengths.min()) < 0 or bool((reached < lengths).any()):
+            raise ArtifactError(f"{os.fspath(path)} is damaged: its lengths are not those of a cache.")
+        cache = cls.allocate(layout, len(lengths), max(1, int(lengths.max())), device)
+        expected, found = (
+            {name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (cache.buffers, tensors)
+        )
+        if found != expected:
+            raise ArtifactError(f"{os.fspath(path)} is damaged: its tensors are not those of a cache.")
         cache.buffers, cache.lengths, cache._reached = tensors, lengths, reached
         return cache
 

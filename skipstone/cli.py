@@ -14,6 +14,8 @@ from skipstone import __version__
 from skipstone.ir.errors import InvalidPlan, SkipstoneError, Unsupported, UserError
 
 USER_ERROR, UNSUPPORTED, DEFECT = 2, 3, 1
+WINDOWS, WINDOW = 64, 512
+"""Calibration reads at most so many windows of a text, of so many tokens each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("layers", "attention", "ffn"):
         what = "whole layers" if name == "layers" else f"the {name} of layers"
         optimize.add_argument(f"--skip-{name}", type=_indices, default=(), metavar="1,2", help=f"skip {what}")
+    optimize.add_argument(
+        "--kv", type=_kv_format, metavar="FORMAT", help="format of keys and values: int8, int4, fp8:token, ..."
+    )
+    optimize.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate static scales on")
+    optimize.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, with what was calibrated")
     optimize.add_argument("--target", default="auto", help="auto, onnxruntime or eager (default: auto)")
     optimize.add_argument("--threads", type=_positive, metavar="N")
     optimize.add_argument("--prompt", metavar="TEXT", help="generate a continuation of this text")
@@ -114,17 +121,22 @@ def _optimize(arguments: argparse.Namespace) -> None:
         raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
     plan = _plan(arguments)
     model = load_model(arguments.model, arguments.trust_remote_code)
-    tokens = tokenizer = None
-    if arguments.prompt is not None:
+    tokens = tokenizer = calibration = None
+    if arguments.prompt is not None or arguments.calibration is not None:
         tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+    if arguments.calibration is not None:
+        calibration = _calibration(arguments.calibration, tokenizer, model)
+    if arguments.prompt is not None:
         tokens = tokenizer(arguments.prompt, return_tensors="pt").input_ids
         if tokens.numel() == 0:
             raise UserError("The prompt is empty.", hint="Give at least one token after --prompt.")
-    executable = optimize(model, plan, target=arguments.target, threads=arguments.threads)
+    executable = optimize(model, plan, calibration=calibration, target=arguments.target, threads=arguments.threads)
+    if arguments.save_plan is not None:
+        executable.plan.save(arguments.save_plan)
     if arguments.measure:
         executable.report.measure(executable, tokens, model)
     print(executable.report)
-    if tokenizer is not None:
+    if tokens is not None:
         if not isinstance(executable, CausalLM):
             raise Unsupported("generating text with a model that is no causal language model", where=arguments.model)
         generated = executable.generate(tokens, max_new_tokens=arguments.max_new_tokens, do_sample=False)
@@ -133,15 +145,33 @@ def _optimize(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> Any:
     """The plan that the options spell, or None."""
+    from skipstone.passes.quantize_kv import QuantizeKV
     from skipstone.passes.skip_sublayers import SkipSublayers
     from skipstone.plan import Plan
 
     skipped = {name: getattr(arguments, f"skip_{name}") for name in ("layers", "attention", "ffn")}
-    if not any(skipped.values()):
+    entries: list[Any] = [SkipSublayers(**skipped)] if any(skipped.values()) else []
+    if arguments.kv:
+        name, granularity = arguments.kv
+        entries.append(QuantizeKV(k=name, v=name, granularity=granularity))
+    if not entries:
         return Plan.load(arguments.plan) if arguments.plan else None
     if arguments.plan:
-        raise InvalidPlan("--plan and --skip-... exclude each other.", hint="Put the sublayers to skip into the plan.")
-    return Plan([SkipSublayers(**skipped)])
+        hint = "Put the sublayers to skip and the formats into the plan."
+        raise InvalidPlan("--plan excludes --skip-... and --kv.", hint=hint)
+    return Plan(entries)
+
+
+def _calibration(path: Path, tokenizer: Any, model: Any) -> Any:
+    """Token batches of a text file."""
+    from skipstone.calibrate import tokenize
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read the calibration text {path}: {error}.") from error
+    longest = getattr(model.config, "max_position_embeddings", None) or WINDOW
+    return tokenize([text], tokenizer, min(WINDOW, longest))[:WINDOWS]
 
 
 def load_model(name: str, trust_remote_code: bool = False) -> Any:
@@ -213,6 +243,11 @@ def _indices(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected indices such as 1,2, not {text!r}") from None
+
+
+def _kv_format(text: str) -> tuple[str, str]:
+    name, _, granularity = text.partition(":")
+    return name, granularity or "channel"
 
 
 def _positive(text: str) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from skipstone.ir.errors import InvalidInput
+from skipstone.ir.errors import ArtifactError, InvalidInput
 from skipstone.ir.quantized import cache_format
 from skipstone.runtime.cache import CacheBuffer, KVCache
 
@@ -101,3 +103,78 @@ def test_select_reorder_and_repeat():
 def test_what_cannot_be_is_refused(action, message):
     with pytest.raises(InvalidInput, match=message):
         action(filled())
+
+
+# Files
+
+QUANTIZED = (
+    *layout("key_0", 2, 8, torch.float32, "kivi4:4", residual=3, first=2),
+    *layout("value_0", 2, 8, torch.float32, "int8_token", residual=3, first=2),
+)
+
+
+def random(capacity: int = 20) -> KVCache:
+    cache = KVCache.allocate(QUANTIZED, 2, capacity)
+    for tensor in cache.buffers.values():
+        tensor.copy_(torch.randint(0, 100, tensor.shape))
+    cache.advance(torch.tensor([13, 7]))
+    return cache
+
+
+def test_only_what_grows_with_the_sequence_grows():
+    cache, before = random(10), random(10)
+    cache.grow(21)
+    rows = {name: tensor.shape[2] for name, tensor in cache.buffers.items()}
+    ring = cache_format("kivi4:4", 3, 2).ring_rows
+    assert rows["key_0"] == rows["value_0"] == rows["value_0_scale"] == 21
+    assert rows["key_0_scale"] == rows["key_0_offset"] == 6
+    assert (rows["key_0_recent"], rows["key_0_first"]) == (ring, 2)
+    assert cache.buffers["key_0_recent"].shape == before.buffers["key_0_recent"].shape
+
+
+def test_a_file_gives_back_the_valid_rows(tmp_path):
+    cache = random()
+    cache.save(tmp_path / "cache")
+    again = KVCache.load(tmp_path / "cache", QUANTIZED)
+    assert again.lengths.tolist() == [13, 7] and again.capacity == 13
+    for name, tensor in again.buffers.items():
+        assert torch.equal(tensor, cache.buffers[name][:, :, : tensor.shape[2]])
+    assert again.buffers["key_0_scale"].shape[2] == 4
+    again.crop(torch.tensor([9, 7]))
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_files_that_are_no_cache_of_this_program_are_refused(tmp_path):
+    path = tmp_path / "cache"
+    with pytest.raises(ArtifactError, match="Cannot read"):
+        KVCache.load(path, QUANTIZED)
+    random().save(path)
+    with pytest.raises(ArtifactError, match="of another program"):
+        KVCache.load(path, PLAIN)
+    whole = path.read_bytes()
+    for cut in range(0, len(whole), 97):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ArtifactError):
+            KVCache.load(path, QUANTIZED)
+    save_file({"lengths": torch.zeros(2)}, path)
+    with pytest.raises(ArtifactError, match="not a cache of this version"):
+        KVCache.load(path, QUANTIZED)
+    with pytest.raises(ArtifactError, match="Cannot write"):
+        random().save(tmp_path / "no" / "cache")
+
+
+def test_a_file_with_missing_or_impossible_tensors_is_refused(tmp_path):
+    random().save(tmp_path / "cache")
+    with safe_open(tmp_path / "cache", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damaged = [
+        {name: tensor for name, tensor in tensors.items() if name != "key_0_scale"},
+        tensors | {"lengths": torch.tensor([13, -1])},
+        tensors | {"lengths": torch.tensor([13.0, 7.0])},
+        tensors | {"reached": torch.tensor([1, 1])},
+        tensors | {"key_0": tensors["key_0"].short()},
+    ]
+    for each in damaged:
+        save_file(each, tmp_path / "damaged", metadata=metadata)
+        with pytest.raises(ArtifactError, match="damaged"):
+            KVCache.load(tmp_path / "damaged", QUANTIZED)

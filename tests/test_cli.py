@@ -131,7 +131,11 @@ def test_optimize_generates_and_measures(capsys, checkpoint: str, target: str):
         (["inspect", ""], "Cannot load the model ''"),
         (["inspect", "."], "Cannot load the model '.'"),
         (["optimize", "tiny_models:llama", "--plan", "absent.json"], "Cannot read the plan absent.json"),
-        (["optimize", "tiny_models:llama", "--plan", "p.json", "--skip-ffn", "1"], "exclude each other"),
+        (["optimize", "tiny_models:llama", "--plan", "p.json", "--skip-ffn", "1"], "excludes --skip"),
+        (["optimize", "tiny_models:llama", "--plan", "p.json", "--kv", "int8"], "excludes --skip"),
+        (["optimize", "tiny_models:llama", "--kv", "int8"], "no calibration data"),
+        (["optimize", "tiny_models:llama", "--kv", "int9"], "no cache format 'int9'"),
+        (["optimize", "tiny_models:llama", "--kv", "int8:head"], "granularity"),
         (["optimize", "tiny_models:llama", "--skip-layers", "1,1"], "1 is given twice"),
         (["optimize", "tiny_models:llama", "--skip-layers", "7"], "layers 0 to 2"),
         (["optimize", "tiny_models:llama", "--prompt", "a"], "has no tokenizer"),
@@ -211,3 +215,17 @@ def test_code_from_a_model_runs_only_when_allowed(monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM", Loader)
     assert main(["inspect", "some/name"]) == main(["inspect", "some/name", "--trust-remote-code"]) == 2
     assert seen == [False, True]
+
+
+def test_a_quantized_cache(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Calibrated on a text, and again from the saved plan without it."""
+    (tmp_path / "text.txt").write_text("some words to calibrate on, " * 40)
+    options = ["--prompt", "some words", "--max-new-tokens", "5", "--target", "eager"]
+    saved = ["--calibration", str(tmp_path / "text.txt"), "--save-plan", "plan.json"]
+    assert main(["optimize", checkpoint, "--kv", "int8", *saved, *options]) == 0
+    first = capsys.readouterr().out
+    assert "int8_channel" in first
+    assert main(["optimize", checkpoint, "--plan", "plan.json", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
+    assert main(["optimize", checkpoint, "--kv", "int8", "--calibration", "no.txt", *options]) == 2
+    assert "Cannot read the calibration text" in capsys.readouterr().err

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.cleanup import Cleanup
+from skipstone.passes.quantize_kv import FormatChoice, QuantizeKV
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
 
@@ -192,3 +195,79 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch):
 def _file(fields: dict) -> str:
     entry = {"pass": "skip_sublayers", "version": 1} | fields
     return json.dumps({"format": "skipstone.plan", "version": 1, "model": None, "entries": [entry]})
+
+
+# Tensors
+
+QUANTIZED = Plan(
+    [QuantizeKV(k="int4", choices=(FormatChoice((1, 2), heads=(0,), k="int8"),))],
+    tensors={"quantize_kv/a/key/minimum": torch.arange(6.0).reshape(2, 3)},
+)
+
+
+def test_a_file_gives_back_the_tensors(tmp_path: Path):
+    QUANTIZED.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == QUANTIZED
+    assert again.tensors.keys() == QUANTIZED.tensors.keys()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in QUANTIZED.tensors.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.safetensors"]
+
+
+def test_a_plan_without_tensors_reads_none(tmp_path: Path):
+    (tmp_path / "plan.safetensors").write_bytes(b"of another plan")
+    Plan([SkipSublayers(layers=(1,))]).save(tmp_path / "plan.json")
+    assert not Plan.load(tmp_path / "plan.json").tensors
+
+
+def _missing(path: Path):
+    path.unlink()
+
+
+def _tampered(path: Path):
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def _truncated(path: Path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(_missing, "are missing"), (_tampered, "not the one"), (_truncated, "not the one")]
+)
+def test_damaged_tensors_are_refused(tmp_path: Path, damage, message: str):
+    QUANTIZED.save(tmp_path / "plan.json")
+    damage(tmp_path / "plan.safetensors")
+    with pytest.raises(InvalidPlan, match=message):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_digest_over_no_safetensors_is_refused(tmp_path: Path):
+    QUANTIZED.save(tmp_path / "plan.json")
+    content = b"no tensors at all"
+    (tmp_path / "plan.safetensors").write_bytes(content)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"tensors": hashlib.sha256(content).hexdigest()}))
+    with pytest.raises(InvalidPlan, match="is damaged"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_is_not_called_like_its_tensors(tmp_path: Path):
+    with pytest.raises(ArtifactError, match="cannot be called"):
+        QUANTIZED.save(tmp_path / "plan.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"granularity": "row"}, "granularity must be one of 'channel', 'token', 'group'"),
+        ({"choices": [{"heads": [1]}]}, "field 'layers' is missing"),
+        ({"choices": [{"layers": [1], "format": "int8"}]}, "'format' is unknown"),
+        ({"residual": 1.5}, "residual must be int"),
+        ({"layers": [-1]}, "layers"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_refused(fields, message: str):
+    entry = {"pass": "quantize_kv", "version": 1, **fields}
+    with pytest.raises(InvalidPlan, match=message):
+        Plan.from_json(json.dumps({"format": "skipstone.plan", "version": 1, "entries": [entry]}))
