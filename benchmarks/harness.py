@@ -162,7 +162,7 @@ def publish(title: str, rows: Sequence[Row], path: Path) -> None:
     plain = [{key: value for key, value in asdict(row).items() if key != "at_most"} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"device": device(), "versions": versions(), "rows": plain}
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
     print(f"written to {path}")
 
 
