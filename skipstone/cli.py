@@ -121,7 +121,8 @@ def _optimize(arguments: argparse.Namespace) -> None:
         raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
     plan = _plan(arguments)
     model = load_model(arguments.model, arguments.trust_remote_code)
-    tokens = tokenizer = calibration = None
+    tokens = calibration = None
+    tokenizer: Any = None
     if arguments.prompt is not None or arguments.calibration is not None:
         tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     if arguments.calibration is not None:

@@ -38,7 +38,10 @@ ROOMS: Mapping[str, Room] = {
     "ir": Room(ours=("skipstone.ir",), theirs=("torch", "networkx", "sympy")),
     "passes": Room(ours=("skipstone.passes", "skipstone.ir"), theirs=("torch",)),
     "kernels": Room(
-        ours=("skipstone.kernels", "skipstone.ir.dialect", "skipstone.ir.formats", "skipstone.ir.errors"),
+        ours=(
+            "skipstone.kernels", "skipstone.ir.dialect", "skipstone.ir.quantized", "skipstone.ir.formats",
+            "skipstone.ir.errors",
+        ),  # fmt: skip
         theirs=("torch", "triton"),
     ),
     "runtime": Room(

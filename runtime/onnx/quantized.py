@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -49,7 +50,8 @@ def refuse_attentions(program: Program) -> None:
     """
     for node in program.nodes(QUANTIZED_CACHED_ATTENTION):
         keys, values = (parse(str(node.kwargs[name])) for name in ("k_format", "v_format"))
-        refuse_formats((keys, values), int(node.kwargs["residual"]), int(node.kwargs["first"]))  # type: ignore[call-overload]
+        kept: Any = (node.kwargs["residual"], node.kwargs["first"])
+        refuse_formats((keys, values), *kept)
         kind, width = node.kwargs["kind"], int(node.args[0].meta["val"].shape[3])  # type: ignore[union-attr]
         key_bias = key_bias_of(node)
         problem = ""
@@ -104,17 +106,17 @@ def runs(bits: int) -> bool:
         out = session.run(["out"], feeds)[0]
     except (errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.NotImplemented, errors.RuntimeException):
         return False
-    return bool(np.allclose(out, _attention(*new, heads, width), atol=1e-4))
+    return bool(np.allclose(out, _attention(new, heads, width), atol=1e-4))
 
 
-def quantization(bits: int) -> dict[str, object]:
+def quantization(bits: int) -> dict[str, Any]:
     """The attributes of GroupQueryAttention over a cache with one static scale a channel."""
     return {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
 
 
-def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int, width: int) -> np.ndarray:
-    """Causal attention [1, S, heads * width] in numpy."""
-    q, k, v = (x[0].reshape(-1, heads, width).swapaxes(0, 1) for x in (q, k, v))
+def _attention(new: np.ndarray, heads: int, width: int) -> np.ndarray:
+    """Causal attention [1, S, heads * width] of queries, keys and values [3, 1, S, heads * width], in numpy."""
+    q, k, v = (x[0].reshape(-1, heads, width).swapaxes(0, 1) for x in new)
     logits = q @ k.swapaxes(1, 2) / np.sqrt(width)
     logits = np.where(np.tril(np.ones(logits.shape[1:], bool)), logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
