@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,16 +168,26 @@ def _run(program: Program, batch: Batch, observe: Callable[[fx.Node, str, tuple[
     known = {port.role for port in program.inputs}
     if known - set(values) or Role.TOKENS not in known:
         raise UserError(f"calibration needs a model over tokens alone, this one takes {sorted(known)}.")
-    _Observer(program, observe).run(*(values[port.role].to(device) for port in program.inputs))
+    with suppress(_AllSeen):
+        _Observer(program, observe).run(*(values[port.role].to(device) for port in program.inputs))
+
+
+class _AllSeen(Exception):
+    """What comes behind the last attention, the head above all, need not be computed."""
 
 
 class _Observer(fx.Interpreter):
     def __init__(self, program: Program, observe: Callable[[fx.Node, str, tuple[Any, ...]], None]) -> None:
         super().__init__(program.module)
         self.sites, self.observe = sites(program), observe
+        self.left = len(self.sites)
+        self.extra_traceback = False  # it would put the node into the message of our own errors
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.sites:
             args, _ = self.fetch_args_kwargs_from_env(n)
             self.observe(n, self.sites[n], args)
+            self.left -= 1
+            if self.left == 0:
+                raise _AllSeen
         return super().run_node(n)

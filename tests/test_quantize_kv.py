@@ -453,6 +453,21 @@ def test_what_onnx_runtime_lacks_is_refused(options: dict[str, Any], message: st
         optimized("gqa", Plan([QuantizeKV(**options)]), "onnxruntime", torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": "nvfp4", "granularity": "token"}, "keys at model.layers.0.self_attn"),
+        ({"v": "int4", "granularity": "token"}, "values at model.layers.0.self_attn"),
+    ],
+)
+def test_formats_that_do_not_fit_the_head_size_are_refused(options: dict[str, Any], message: str) -> None:
+    with (
+        patch.object(import_module("skipstone.optimize"), "_capture", lambda *_: models.program("llama").copy()),
+        pytest.raises(skipstone.errors.InvalidPlan, match=message),
+    ):
+        skipstone.optimize(models.model("llama"), Plan([QuantizeKV(**options)]), target="eager", progress=False)
+
+
 def test_a_program_without_a_cache_is_refused() -> None:
     with pytest.raises(skipstone.errors.Unsupported, match="without a KV cache"):
         optimized("gqa", Plan([QuantizeKV()]), cache=False)

@@ -1,0 +1,109 @@
+"""Conditioned and quantized caches on every architecture that generates through one.
+
+Two oracles that know nothing of the architecture: conditioning changes nothing, and a quantized cache gives step by
+step what it gives in one go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from skipstone.calibrate import Batch, measure
+from skipstone.ir.capture.huggingface import capture_huggingface
+from skipstone.ir.capture.validate import relative_difference
+from skipstone.ir.dialect import QUANTIZED_CACHED_ATTENTION
+from skipstone.ir.program import Program
+from skipstone.ir.stream import note_layers
+from skipstone.optimize import prepare_quantization
+from skipstone.passes.base import Pipeline, Status, run_pass
+from skipstone.passes.cleanup import Cleanup
+from skipstone.passes.condition_kv import ConditionKV, Rewrite
+from skipstone.passes.kv_cache import InsertKVCache
+from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.runtime.eager import EagerSession
+from skipstone.runtime.executable import TokenModel
+from tests.tiny_models import tiny_model, tokens
+from tests.zoo import CACHED
+
+SAMPLE = ("llama", "qwen3", "gemma3_text", "gpt_neox", "gptj")
+LENGTH, PROMPT = 24, 15
+
+ALL_REFUSED: dict[str, str] = {}
+"""Architectures that keep their whole cache in full precision, and why."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the two oracles say of one architecture.
+
+    Attributes:
+        conditioned: largest difference that conditioning makes to the logits, over their range.
+        stepwise: largest difference between decoding step by step and in one go, over the range.
+        error: the same between the quantized program and the model.
+        rewrites: how many conditioning rewrites were applied.
+        refused: reasons for which attentions stay in full precision.
+    """
+
+    conditioned: float
+    stepwise: float
+    error: float
+    rewrites: int
+    refused: tuple[str, ...]
+
+
+@torch.no_grad()
+def check(name: str) -> Found:
+    """Condition and quantize a tiny model of an architecture."""
+    model, ids = tiny_model(name), tokens(2, LENGTH)
+    model.config.use_cache = False
+    exact = model(input_ids=ids).logits
+    program = capture_huggingface(model)
+    note_layers(program)
+    program = run_pass(Cleanup(), program)
+    data = tokens(2, LENGTH, seed=1)
+    program.calibration |= measure(program, [Batch(data, torch.ones_like(data, dtype=torch.bool))], ConditionKV.name)
+    conditioned = run_pass(ConditionKV(tuple(Rewrite), large_bias=1e-9), program)  # every bias counts as large
+    rewrites = [remark for remark in conditioned.history[-1].remarks if remark.status is Status.APPLIED]
+    quantize = QuantizeKV(granularity="token")
+    quantized = prepare_quantization(program, quantize, ())
+    quantized = Pipeline([InsertKVCache(), quantize], strict=False).run(quantized)
+    remarks = quantized.history[-1].remarks
+    refused = tuple(sorted({remark.why for remark in remarks if remark.status is Status.REFUSED}))
+    whole, steps = _logits(quantized, ids, LENGTH), _logits(quantized, ids, PROMPT)
+    return Found(
+        relative_difference(_logits(run_pass(InsertKVCache(), conditioned), ids, LENGTH), exact),
+        relative_difference(steps, whole) if any(True for _ in quantized.nodes(QUANTIZED_CACHED_ATTENTION)) else 0.0,
+        relative_difference(whole, exact),
+        len(rewrites),
+        refused,
+    )
+
+
+def _logits(program: Program, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits [B, S, V]: those of the first `prompt` tokens in one go, the others token by token."""
+    opt = TokenModel(EagerSession(program))
+    cache = opt.new_cache(*ids.shape)
+    parts = [opt.decode(ids[:, :prompt], cache)]
+    return torch.cat([*parts, *(opt.decode(ids[:, [at]], cache) for at in range(prompt, ids.shape[1]))], dim=1)
+
+
+def assert_sound(name: str) -> None:
+    found = check(name)
+    assert found.conditioned < 1e-4, found
+    assert found.stepwise < 2e-3, found  # float32: a product of one row may round a code another way
+    assert found.error < 0.1, found
+    assert bool(found.refused) <= (name in ALL_REFUSED), found
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_of_architectures(name: str) -> None:
+    assert_sound(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CACHED if name not in SAMPLE])
+def test_every_architecture_with_a_cache(name: str) -> None:
+    assert_sound(name)
