@@ -313,6 +313,8 @@ def _centre_k(site: _Site) -> str:
         raise Unsupported("logits that are capped: a constant changes them")
     if sinks is not None:
         raise Unsupported("sink logits, which a constant on all others changes")
+    if len(key.users) > 1:
+        raise Unsupported(f"{key.name}, which another attention reads too")
     if key_bias is not None:
         raise _Nothing("the keys were measured with the bias that is split off")
     name = f"key_mean_{node.kwargs['slot']}"

@@ -33,7 +33,7 @@ from skipstone.ir.capture.module import capture_module
 from skipstone.ir.dialect import ATTENTION
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported
 from skipstone.ir.key_bias import large_key_biases
-from skipstone.ir.program import Program, propagate
+from skipstone.ir.program import Port, Program, Role, propagate
 from skipstone.ir.projections import Projections
 from skipstone.ir.statistics import sites
 from skipstone.ir.verify import verify
@@ -327,6 +327,13 @@ def test_a_large_bias_is_found_and_split_off() -> None:
     assert float(after.abs().max()) < float(before.abs().max()) / 50
 
 
+def test_a_large_bias_is_found_behind_a_cache_and_a_subtracted_mean() -> None:
+    changed = with_large_bias("qwen2", layer=0)
+    centred, remarks = condition(changed, Rewrite.CENTRE_K)
+    assert statuses(remarks) == {Status.APPLIED: 2}
+    assert large_key_biases(run_pass(InsertKVCache(), centred)) == large_key_biases(changed) != {}
+
+
 def test_a_large_bias_before_a_norm_is_found_and_refused() -> None:
     changed = with_large_bias("qwen3", layer=0)
     assert list(large_key_biases(changed)) == ["model.layers.0.self_attn"]
@@ -428,6 +435,18 @@ def test_what_is_not_exact_is_refused_with_its_reason(odd: Program) -> None:
     assert statuses(remarks)[Status.APPLIED] == 2 * 10 - len(IN_THE_WAY) - 3
     x = torch.randn(2, 5, 16)
     assert difference(result.run(x=x)["output"], odd.run(x=x)["output"]) <= 1e-5
+
+
+def test_keys_that_something_else_reads_stay_as_they_are() -> None:
+    changed = program("qwen2").copy()
+    keys = next(iter(sites(changed))).args[1]
+    with changed.graph.inserting_before(changed.output_node()):
+        changed.add_output(Port("keys", Role.TENSOR), changed.call(torch.ops.aten.clone.default, keys))
+    changed.recompile()
+    for rewrite in (Rewrite.SMOOTH_K, Rewrite.SPLIT_K_BIAS, Rewrite.CENTRE_K):
+        _, remarks = condition(changed, rewrite)
+        assert [remark.status for remark in remarks] == [Status.REFUSED, Status.APPLIED]
+        assert "reads too" in remarks[0].why
 
 
 def test_weights_that_would_overflow_stay_as_they_are() -> None:
