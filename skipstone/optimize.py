@@ -175,14 +175,14 @@ def prepare_quantization(
         program: without a cache.
         batches: calibration data; without it, the program's own calibration is used where it has one.
     """
-    if split := quantize.split(program):
-        program = run_pass(split, program, strict)
     if quantize.condition:
         known = any(name.startswith(f"{ConditionKV.name}/") for name in program.calibration)
         conditioning = quantize.conditioning(calibrated=bool(batches) or known)
         if batches and set(conditioning.rewrites) - DATA_FREE:
             program.calibration |= measure(program, batches, ConditionKV.name, progress)
         program = run_pass(conditioning, program, strict)
+    if split := quantize.split(program):  # behind conditioning: heads that were split apart share their projections
+        program = run_pass(split, program, strict)
     if batches:
         program.calibration |= measure(program, batches, QuantizeKV.name, progress)
         program.calibration |= estimate_errors(program, quantize, batches)
