@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -93,7 +94,16 @@ def with_slots(program: Program) -> Program:
 
 
 def operators(program: Program) -> list[str]:
-    return [node.op_type for node in onnx.load_from_string(lower(program).proto).graph.node]
+    return [node.op_type for node in all_nodes(onnx.load_from_string(lower(program).proto).graph)]
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the branches in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from all_nodes(attribute.g)
 
 
 def assert_same_steps(program: Program, steps: list[tuple[int, list[int]]], capacity: int = 24, atol: float = 2e-6):

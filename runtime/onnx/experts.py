@@ -11,15 +11,14 @@ torch.onnx sees one symbolic operator (`symbol`), which `expand` replaces in the
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tape import Tape
 from torch import Tensor
 
 from skipstone.ir.dialect import Activation, Layout
+from skipstone.runtime.onnx.tape import BranchTape
 
 _DOMAIN = "skipstone"
 _MICROSOFT = "com.microsoft"
@@ -76,7 +75,7 @@ class _Expansion:
         self.option: dict[str, Any] = {name: attribute.value for name, attribute in node.attributes.items()}
 
     def run(self) -> None:
-        option, tape = self.option, _Tape(f"{self.node.outputs[0].name}")
+        option, tape = self.option, BranchTape(f"{self.node.outputs[0].name}")
         experts, choices, width = option["experts"], option["choices"], option["width"]
         index = tape.op("Reshape", [self.index, tape.integers(-1)])
         chosen = tape.op("Equal", [tape.op("Unsqueeze", [tape.integers(*range(experts)), tape.integers(1)]), index])
@@ -100,19 +99,21 @@ class _Expansion:
             node.metadata_props.update(self.node.metadata_props)
         ir.convenience.replace_nodes_and_values(self.graph, self.node, [self.node], nodes, self.node.outputs, [result])
 
-    def _expert(self, tape: _Tape, expert: int, used: ir.Value, choices: ir.Value) -> ir.Value:
+    def _expert(self, tape: BranchTape, expert: int, used: ir.Value, choices: ir.Value) -> ir.Value:
         """The rows [n, H] that an expert gives for its n choices; without any the expert is not computed."""
         name = f"{tape.prefix}.expert_{expert}"
-        inside = _Tape(f"{name}.then")
+        inside = BranchTape(f"{name}.then")
         rows = inside.op("Gather", [self.x, inside.op("Div", [choices, inside.integer(self.option["choices"])])])
         rows = self._product(inside, rows, self.up, self.up_bias, expert)
         rows = self._product(inside, self._gate(inside, rows), self.down, self.down_bias, expert)
-        other = _Tape(f"{name}.else")
+        other = BranchTape(f"{name}.else")
         nothing = other.op("Constant", [], {"value": ir.tensor(torch.zeros(0, self.option["width"]))})
         branches = {"then_branch": inside.branch(rows), "else_branch": other.branch(nothing)}
         return tape.op("If", [used], branches)
 
-    def _product(self, tape: _Tape, rows: ir.Value, stack: ir.Value, bias: ir.Value | None, expert: int) -> ir.Value:
+    def _product(
+        self, tape: BranchTape, rows: ir.Value, stack: ir.Value, bias: ir.Value | None, expert: int
+    ) -> ir.Value:
         matrix = self._part(tape, stack, expert)
         if self.option["transposed"]:
             rows = tape.op("MatMul", [rows, matrix])
@@ -120,7 +121,7 @@ class _Expansion:
             rows = tape.op("FusedMatMul", [rows, matrix], {"transB": 1}, domain=_MICROSOFT)
         return rows if bias is None else tape.op("Add", [rows, tape.op("Gather", [bias, tape.integer(expert)])])
 
-    def _part(self, tape: _Tape, stack: ir.Value, expert: int) -> ir.Value:
+    def _part(self, tape: BranchTape, stack: ir.Value, expert: int) -> ir.Value:
         """The matrix of one expert: an initializer over its part of the stack's memory."""
         if stack.const_value is None:
             return tape.op("Gather", [stack, tape.integer(expert)])
@@ -132,7 +133,7 @@ class _Expansion:
             )
         return self.graph.initializers[name]
 
-    def _gate(self, tape: _Tape, rows: ir.Value) -> ir.Value:
+    def _gate(self, tape: BranchTape, rows: ir.Value) -> ir.Value:
         """`skipstone.ir.experts.gated`."""
         limit = self.option["limit"]
         match Layout(self.option["layout"]):
@@ -150,7 +151,7 @@ class _Expansion:
             up = tape.op("Add", [up, tape.number(self.option["shift"])])
         return tape.op("Mul", [self._activate(tape, gate), up])
 
-    def _activate(self, tape: _Tape, rows: ir.Value) -> ir.Value:
+    def _activate(self, tape: BranchTape, rows: ir.Value) -> ir.Value:
         """`skipstone.ir.experts.activate`."""
         match Activation(self.option["activation"]):
             case Activation.SWISH:
@@ -164,30 +165,3 @@ class _Expansion:
             case Activation.RELU_SQUARED:
                 positive = tape.op("Relu", [rows])
                 return tape.op("Mul", [positive, positive])
-
-
-class _Tape(Tape):
-    """Records nodes whose values are named after `prefix`: a branch must not use the names of the graph around it."""
-
-    def __init__(self, prefix: str) -> None:
-        super().__init__()
-        self.prefix = prefix
-
-    def integer(self, value: int) -> ir.Value:
-        return self.op("Constant", [], {"value_int": value})
-
-    def integers(self, *values: int) -> ir.Value:
-        return self.op("Constant", [], {"value_ints": values})
-
-    def number(self, value: float) -> ir.Value:
-        return self.op("Constant", [], {"value_float": value})
-
-    def named(self) -> Sequence[ir.Node]:
-        """What was recorded."""
-        for number, value in enumerate(value for node in self.nodes for value in node.outputs):
-            value.name = f"{self.prefix}.{number}"
-        return self.nodes
-
-    def branch(self, result: ir.Value) -> ir.Graph:
-        """What was recorded, as the branch of a condition."""
-        return ir.Graph([], [result], nodes=self.named(), name=self.prefix)

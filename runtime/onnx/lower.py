@@ -37,7 +37,7 @@ from skipstone.ir.dialect import (
 from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
 from skipstone.ir.formats import parse
 from skipstone.ir.program import Program, module_path
-from skipstone.runtime.onnx import experts
+from skipstone.runtime.onnx import attention, experts
 from skipstone.runtime.onnx.layouts import cancel_moves
 from skipstone.runtime.onnx.operators import gather_operators, rotary
 from skipstone.runtime.onnx.quantized import MICROSOFT, quantization, refuse_attentions
@@ -89,6 +89,7 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
         raise _refusal(error, program) from error
     del exported
     experts.expand(model)
+    attention.expand(model)
     cancel_moves(model)
     _name_ports(model, program)
     tensors = _externalize(model, program)
@@ -224,8 +225,8 @@ class _OnnxForms(fx.Interpreter):
         """`quantized_cached_attention` over codes with one static scale a channel."""
         scales = tuple(None if each is None else each.flatten() for each in (k_static, v_static))
         attributes = quantization(parse(k_format).bits)
-        caches = (k_cache[0], v_cache[0])
-        out = self._group_query_attention(q, k, v, *caches, start, None, *constants, scales, **options, **attributes)  # type: ignore
+        operands = (q, k, v, k_cache[0], v_cache[0], start, None, *constants)
+        out = self._group_query_attention(*operands, scales=scales, **options, **attributes)  # type: ignore
         return list(out)
 
 

@@ -50,7 +50,7 @@ def refuse_attentions(program: Program) -> None:
     """
     for node in program.nodes(QUANTIZED_CACHED_ATTENTION):
         keys, values = (parse(str(node.kwargs[name])) for name in ("k_format", "v_format"))
-        kept: Any = (node.kwargs["residual"], node.kwargs["first"])
+        kept: Any = (node.kwargs.get("residual", 0), node.kwargs.get("first", 0))
         refuse_formats((keys, values), *kept)
         kind, width = node.kwargs["kind"], int(node.args[0].meta["val"].shape[3])  # type: ignore[union-attr]
         key_bias = key_bias_of(node)
