@@ -42,6 +42,8 @@ class ConditionKV(Pass):
     Attributes:
         rewrites: which to apply, names of `Rewrite`.
         large_bias: key biases above this are split off; see `skipstone.ir.key_bias.large_key_biases`.
+        outliers: scales and rotations are made where the largest channel is at least this many times the median one.
+            Where no channel stands out they gain nothing, and small blocks lose by them.
     """
 
     name: ClassVar[str] = "condition_kv"
@@ -50,6 +52,7 @@ class ConditionKV(Pass):
         Rewrite.FOLD_V_SCALE, Rewrite.FOLD_V_ROTATION, Rewrite.SMOOTH_K, Rewrite.SPLIT_K_BIAS,
     )  # fmt: skip
     large_bias: float = LARGE_BIAS
+    outliers: float = 1.0
 
     def validate(self) -> None:
         """Refuse settings that fit no model.
@@ -64,6 +67,8 @@ class ConditionKV(Pass):
                 raise InvalidPlan(f"condition_kv: there is no rewrite {each!r}.", hint=f"The nearest is {close!r}.")
         if not self.large_bias > 0:
             raise InvalidPlan(f"condition_kv: large_bias is {self.large_bias}, expected a number above 0.")
+        if not self.outliers >= 1:
+            raise InvalidPlan(f"condition_kv: outliers is {self.outliers}, expected a ratio of 1 or more.")
 
     def check(self, program: Program) -> None:
         """See `Pass.check`."""
@@ -73,6 +78,8 @@ class ConditionKV(Pass):
             Rewrite.SMOOTH_K: ("key", "minimum", "maximum"),
             Rewrite.CENTRE_K: ("key", "mean"),
         }
+        if self.outliers > 1:
+            needed[Rewrite.FOLD_V_ROTATION] = needed[Rewrite.FOLD_V_SCALE]
         for node, site in sites(program).items():
             for rewrite, (which, *statistics) in needed.items():
                 for statistic in statistics if rewrite in self.rewrites else ():
@@ -91,7 +98,7 @@ class ConditionKV(Pass):
         }
         remarks = []
         for node, name in sites(program).items():
-            site = _Site(projections, node, name, large.get(name))
+            site = _Site(projections, node, name, large.get(name), self.outliers)
             for rewrite, step in steps.items():
                 if rewrite not in self.rewrites:
                     continue
@@ -116,10 +123,13 @@ class _Nothing(Exception):
 class _Site:
     """One attention: its operands and weights, and new values for them."""
 
-    def __init__(self, projections: Projections, attention: fx.Node, name: str, large_bias: float | None) -> None:
+    def __init__(
+        self, projections: Projections, attention: fx.Node, name: str, large_bias: float | None, outliers: float
+    ) -> None:
         self.projections, self.program = projections, projections.program
         self.attention, self.name = attention, name
         self.large_bias = large_bias  # how large its key bias is, if that is to be split off
+        self.outliers = outliers
         self.key_scale: Tensor | None = None  # [KH, D], what the keys have been divided by since they were measured
         self._paths: dict[fx.Node, Path] = {}
 
@@ -155,6 +165,12 @@ class _Site:
     def magnitudes(self, which: str) -> Tensor:
         """The largest calibrated magnitude of each channel, float64 [KH, D]."""
         return torch.maximum(-self.calibrated(which, "minimum"), self.calibrated(which, "maximum"))
+
+    def require_outliers(self, magnitudes: Tensor) -> None:
+        """Leave it at that where the channels of these magnitudes [KH, D] are alike."""
+        largest = float(_relative(magnitudes).max())
+        if largest < self.outliers:
+            raise _Nothing(f"no channel stands out: the largest is {largest:.1f} times the median")
 
 
 class _Overlay:
@@ -192,6 +208,7 @@ def _fold_v_scale(site: _Site) -> str:
 
     Not the magnitude itself: it is the largest value, and would shrink channels with rare outliers too far.
     """
+    site.require_outliers(site.magnitudes("value"))
     scale = _relative(site.magnitudes("value")).sqrt()
     _transform_values(site, torch.diag_embed(1 / scale), torch.diag_embed(scale))
     return f"channels over {_range(scale)}"
@@ -203,6 +220,8 @@ def _fold_v_rotation(site: _Site) -> str:
     block = width & -width
     if block == 1:
         raise _Nothing(f"values of odd width {width}")
+    if site.outliers > 1:
+        site.require_outliers(site.magnitudes("value"))
     matrix = torch.block_diag(*[hadamard(block)] * (width // block)).to(site.program.source.device)
     _transform_values(site, matrix.expand(heads, -1, -1), matrix.T.expand(heads, -1, -1))
     return f"blocks of {block} channels"
@@ -240,6 +259,7 @@ def _smooth_k(site: _Site) -> str:
         magnitudes = torch.stack([torch.where(rows < 0, 0.0, sizes[rows]) for rows in key.origins]).amax(dim=0)
     else:
         magnitudes = site.magnitudes("key")
+    site.require_outliers(magnitudes)
     tied = tied_channels(key, query)
     largest = torch.zeros(tied.numel(), dtype=magnitudes.dtype, device=tied.device)
     largest.scatter_reduce_(0, tied.flatten(), magnitudes.flatten(), "amax")

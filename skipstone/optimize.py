@@ -27,9 +27,9 @@ from skipstone.ir.stream import SublayerKind, find_stream, note_layers
 from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32
 from skipstone.passes.cleanup import Cleanup
-from skipstone.passes.condition_kv import ConditionKV
+from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.kv_cache import InsertKVCache
-from skipstone.passes.quantize_kv import DATA_FREE, QuantizeKV
+from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.plan import Plan
 from skipstone.report import Conversion, Footprint, Report, Stage
 from skipstone.runtime.executable import Executable
@@ -178,7 +178,7 @@ def prepare_quantization(
     if quantize.condition:
         known = any(name.startswith(f"{ConditionKV.name}/") for name in program.calibration)
         conditioning = quantize.conditioning(calibrated=bool(batches) or known)
-        if batches and set(conditioning.rewrites) - DATA_FREE:
+        if batches and set(conditioning.rewrites) - {Rewrite.SPLIT_K_BIAS}:
             program.calibration |= measure(program, batches, ConditionKV.name, progress)
         program = run_pass(conditioning, program, strict)
     if split := quantize.split(program):  # behind conditioning: heads that were split apart share their projections

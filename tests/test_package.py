@@ -39,9 +39,12 @@ ROOMS: Mapping[str, Room] = {
     "passes": Room(ours=("skipstone.passes", "skipstone.ir"), theirs=("torch",)),
     "kernels": Room(
         ours=(
-            "skipstone.kernels", "skipstone.ir.dialect", "skipstone.ir.quantized", "skipstone.ir.formats",
+            "skipstone.kernels",
+            "skipstone.ir.dialect",
+            "skipstone.ir.quantized",
+            "skipstone.ir.formats",
             "skipstone.ir.errors",
-        ),  # fmt: skip
+        ),
         theirs=("torch", "triton"),
     ),
     "runtime": Room(

@@ -14,7 +14,7 @@ import torch
 from skipstone.calibrate import Batch, measure
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.capture.validate import relative_difference
-from skipstone.ir.dialect import QUANTIZED_CACHED_ATTENTION
+from skipstone.ir.dialect import EXPERTS, QUANTIZED_CACHED_ATTENTION
 from skipstone.ir.program import Program
 from skipstone.ir.stream import note_layers
 from skipstone.optimize import prepare_quantization
@@ -28,10 +28,14 @@ from skipstone.runtime.executable import TokenModel
 from tests.tiny_models import tiny_model, tokens
 from tests.zoo import CACHED
 
-SAMPLE = ("llama", "qwen3", "gemma3_text", "gpt_neox", "gptj")
+SAMPLE = ("llama", "qwen3", "gemma3_text", "gpt_neox", "gptj", "deepseek_v3")
 LENGTH, PROMPT = 24, 15
 
-ALL_REFUSED: dict[str, str] = {}
+LATENT, SHARED = "multi-head latent attention", "shared with another attention"
+ALL_REFUSED: dict[str, str] = {
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), LATENT),
+    **dict.fromkeys(("diffllama", "gemma3n_text"), SHARED),
+}
 """Architectures that keep their whole cache in full precision, and why."""
 
 
@@ -43,14 +47,14 @@ class Found:
         conditioned: largest difference that conditioning makes to the logits, over their range.
         stepwise: largest difference between decoding step by step and in one go, over the range.
         error: the same between the quantized program and the model.
-        rewrites: how many conditioning rewrites were applied.
+        routed: whether it has experts, of which small errors may choose others.
         refused: reasons for which attentions stay in full precision.
     """
 
     conditioned: float
     stepwise: float
     error: float
-    rewrites: int
+    routed: bool
     refused: tuple[str, ...]
 
 
@@ -66,7 +70,6 @@ def check(name: str) -> Found:
     data = tokens(2, LENGTH, seed=1)
     program.calibration |= measure(program, [Batch(data, torch.ones_like(data, dtype=torch.bool))], ConditionKV.name)
     conditioned = run_pass(ConditionKV(tuple(Rewrite), large_bias=1e-9), program)  # every bias counts as large
-    rewrites = [remark for remark in conditioned.history[-1].remarks if remark.status is Status.APPLIED]
     quantize = QuantizeKV(granularity="token")
     quantized = prepare_quantization(program, quantize, ())
     quantized = Pipeline([InsertKVCache(), quantize], strict=False).run(quantized)
@@ -77,7 +80,7 @@ def check(name: str) -> Found:
         relative_difference(_logits(run_pass(InsertKVCache(), conditioned), ids, LENGTH), exact),
         relative_difference(steps, whole) if any(True for _ in quantized.nodes(QUANTIZED_CACHED_ATTENTION)) else 0.0,
         relative_difference(whole, exact),
-        len(rewrites),
+        any(True for _ in program.nodes(EXPERTS)),
         refused,
     )
 
@@ -94,8 +97,11 @@ def assert_sound(name: str) -> None:
     found = check(name)
     assert found.conditioned < 1e-4, found
     assert found.stepwise < 2e-3, found  # float32: a product of one row may round a code another way
-    assert found.error < 0.1, found
-    assert bool(found.refused) <= (name in ALL_REFUSED), found
+    assert found.routed or found.error < 0.1, found
+    if name in ALL_REFUSED:
+        assert ALL_REFUSED[name] in " ".join(found.refused), found
+    else:
+        assert not found.refused and found.error > 0, found
 
 
 @pytest.mark.parametrize("name", SAMPLE)
