@@ -1,0 +1,52 @@
+"""A kernel with everything that it is launched with, so that what is compiled without a device is what runs on one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from skipstone.ir.errors import InvalidInput
+
+Buffer = tuple[Tensor, int, int, int]
+
+
+def buffer(x: Tensor) -> Buffer:
+    """A tensor [B, H, rows, width] as kernels address it: with the strides of its first three dimensions."""
+    if x.ndim != 4 or (x.shape[3] > 1 and x.stride(3) != 1):
+        raise InvalidInput(
+            f"Kernels read tensors [B, H, rows, width] whose rows lie in one piece, not strides {x.stride()}."
+        )
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+def alignment(x: Tensor) -> int:
+    """The largest power of two, up to 16 bytes, that divides all row addresses of a tensor [B, H, rows, width]."""
+    return math.gcd(16, x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel.
+
+    Attributes:
+        kernel: the function decorated with `triton.jit`.
+        grid: number of programs in each dimension; never depends on data on the device.
+        arguments: by name: tensors, numbers, None, and tuples of them.
+        constants: by name, the arguments that are known when compiling.
+        warps, stages: of each program, and of its software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int = 1
+
+    def __call__(self) -> None:
+        """Launch it on the current stream, without waiting."""
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
