@@ -92,7 +92,7 @@ def check(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_formats(form: str, dtype: torch.dtype) -> None:
     check(form, dtype=dtype)
 
@@ -110,13 +110,13 @@ def test_rows_in_full_precision(form: str) -> None:
 @pytest.mark.parametrize(
     ("group", "width"), [(1, 64), (2, 80), (4, 96), (6, 128), (7, 64), (8, 96), (16, 64), (1, 128)]
 )
-@pytest.mark.parametrize("form", ["int8_token", "int4_channel"])
+@pytest.mark.parametrize("form", ["int8_token", pytest.param("int4_channel", marks=pytest.mark.slow)])
 def test_groups_and_head_sizes(form: str, group: int, width: int) -> None:
     check(form, [[9, 5], [1, 1]], group=group, width=width)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65])
-@pytest.mark.parametrize("form", ["int8_token", "int4_group"])
+@pytest.mark.parametrize("form", ["int8_token", pytest.param("int4_group", marks=pytest.mark.slow)])
 def test_lengths_around_block_edges(form: str, length: int) -> None:
     check(form, [[length, max(1, length - 1)], [1, 1]], capacity=80, kv_heads=1, group=2)
 

@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="needs the extra `triton`")
 HERE = Path(__file__).parent
 
 
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(chosen: str) -> None:
     """Runs `interpreted_kernels.py` where triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-x"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-x", "-m", chosen]
     result = subprocess.run(
         [*command, str(HERE / "interpreted_kernels.py")],
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True,

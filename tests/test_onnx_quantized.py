@@ -43,9 +43,14 @@ def quantized(bits: int, **options) -> Program:
     return run_pass(QuantizeKV(k=form, v=form, condition=False), program)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+CELLS = [(8, options) for options in OPTIONS] + [(4, options) for options in OPTIONS if len(options) in (0, 2)]
+OTHERS = [(4, options) for options in OPTIONS if len(options) not in (0, 2)]
+
+
 @pytest.mark.parametrize("steps", [STEPS, ALONE], ids=["ragged", "alone"])
+@pytest.mark.parametrize(
+    ("bits", "options"), [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in OTHERS)], ids=str
+)
 def test_steps_are_those_of_the_reference(bits: int, options: dict, steps: list) -> None:
     """Prompts, chunks and single tokens: the same codes, the same logits, in the same buffers."""
     assert_same_steps(quantized(bits, **options), steps)

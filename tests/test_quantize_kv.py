@@ -168,7 +168,10 @@ def test_prefill_and_decode(heads: str, name: str) -> None:
     assert relative_difference(torch.cat(parts, dim=1), wanted[:, 12:38]) < EXACT
 
 
-@pytest.mark.parametrize(("heads", "name"), CELLS)
+@pytest.mark.parametrize(
+    ("heads", "name"),
+    [*CELLS[len(FORMATS) :], *(pytest.param(*c.values, marks=pytest.mark.slow) for c in CELLS[: len(FORMATS)])],
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(heads: str, name: str, side: str) -> None:
     """Rows of 11 and 24 tokens in one batch, then two steps: each equals its own run."""
