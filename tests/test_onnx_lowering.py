@@ -44,7 +44,7 @@ ROLES = {
 class OneAttention(nn.Module):
     """Queries, keys and values looked up by token, one cached attention, a head."""
 
-    def __init__(self, heads=4, kv_heads=2, width=8, value_width=None, sinks=False, **options) -> None:
+    def __init__(self, heads=4, kv_heads=2, width=8, value_width=None, sinks=False, key_bias=False, **options) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.width = heads, kv_heads, width
         self.value_width = value_width or width
@@ -53,6 +53,8 @@ class OneAttention(nn.Module):
         self.v = nn.Embedding(VOCABULARY, kv_heads * self.value_width)
         self.head = nn.Linear(heads * self.value_width, 33, bias=True)
         self.sinks = nn.Parameter(torch.randn(heads)) if sinks else None
+        self.key_bias = nn.Parameter(torch.randn(2, kv_heads, width)) if key_bias else None
+        self.frequencies = nn.Parameter(torch.rand(width)) if key_bias else None
         self.options = {"scale": 0.7, "kind": "causal", **options}
 
     def forward(self, input_ids, position_ids, start, logit_rows, key_0, value_0):
@@ -61,7 +63,8 @@ class OneAttention(nn.Module):
         k = self.k(input_ids).reshape(*shape, self.width).transpose(1, 2)
         v = self.v(input_ids).reshape(*shape, self.value_width).transpose(1, 2)
         q = q * (position_ids + 1).rsqrt()[:, None, :, None]
-        out, keys, values = cached_attention(q, k, v, key_0, value_0, start, None, self.sinks, **self.options)
+        constants = (self.sinks, self.key_bias, self.frequencies)
+        out, keys, values = cached_attention(q, k, v, key_0, value_0, start, None, *constants, **self.options)
         out = out.transpose(1, 2).flatten(2)
         out = out.gather(1, logit_rows.unsqueeze(-1).expand(-1, -1, out.shape[2]))
         return self.head(out), keys, values
@@ -106,28 +109,32 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from all_nodes(attribute.g)
 
 
-def assert_same_steps(program: Program, steps: list[tuple[int, list[int]]], capacity: int = 24, atol: float = 2e-6):
+Steps = list[tuple[int, list[int]]]  # new tokens S, and how many rows each sequence has before
+
+
+def assert_same_steps(program: Program, *sequences: Steps, capacity: int = 24, atol: float = 2e-6) -> None:
     """Run steps of S tokens from ragged starts on both, and compare logits and written cache rows."""
     reference, session = EagerSession(program), OnnxSession(program, 1)
     assert isinstance(session, Session)
-    batch = len(steps[0][1])
-    caches = [KVCache.allocate(session.layout, batch, capacity) for _ in range(2)]
-    buffers = dict(caches[1].buffers)
-    for rows, starts in steps:
-        start = torch.tensor(starts)
-        for cache in caches:
-            cache.lengths = start
-        tokens = torch.randint(0, VOCABULARY, (batch, rows))
-        positions = start.unsqueeze(1) + torch.arange(rows)
-        wanted = torch.arange(rows).flip(0).expand(batch, rows).contiguous()
-        expected, got = (
-            s.step(tokens, positions, torch.full_like(start, rows), wanted, c)
-            for s, c in zip((reference, session), caches, strict=True)
-        )
-        torch.testing.assert_close(got, expected, atol=atol * float(expected.abs().max()), rtol=0)
-        for theirs, mine in zip(*(cache.buffers.values() for cache in caches), strict=True):
-            torch.testing.assert_close(mine, theirs, atol=atol * float(theirs.abs().max()), rtol=0)
-    assert all(buffer is caches[1].buffers[name] for name, buffer in buffers.items())
+    for steps in sequences:
+        batch = len(steps[0][1])
+        caches = [KVCache.allocate(session.layout, batch, capacity) for _ in range(2)]
+        buffers = dict(caches[1].buffers)
+        for rows, starts in steps:
+            start = torch.tensor(starts)
+            for cache in caches:
+                cache.lengths = start
+            tokens = torch.randint(0, VOCABULARY, (batch, rows))
+            positions = start.unsqueeze(1) + torch.arange(rows)
+            wanted = torch.arange(rows).flip(0).expand(batch, rows).contiguous()
+            expected, got = (
+                s.step(tokens, positions, torch.full_like(start, rows), wanted, c)
+                for s, c in zip((reference, session), caches, strict=True)
+            )
+            torch.testing.assert_close(got, expected, atol=atol * float(expected.abs().max()), rtol=0)
+            for theirs, mine in zip(*(cache.buffers.values() for cache in caches), strict=True):
+                torch.testing.assert_close(mine, theirs, atol=atol * float(theirs.abs().max()), rtol=0)
+        assert all(buffer is caches[1].buffers[name] for name, buffer in buffers.items())
 
 
 STEPS = [(7, [0, 0]), (1, [7, 4]), (1, [8, 5]), (5, [9, 2]), (3, [0, 7]), (1, [14, 10]), (9, [15, 1])]
@@ -147,6 +154,7 @@ STEPS = [(7, [0, 0]), (1, [7, 4]), (1, [8, 5]), (5, [9, 2]), (3, [0, 7]), (1, [1
         {"softcap": 2.0},
         {"sinks": True},
         {"sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3},
+        {"key_bias": True},
     ],
     ids=str,
 )

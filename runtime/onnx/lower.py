@@ -190,7 +190,9 @@ class _OnnxForms(fx.Interpreter):
             attributes["local_window_size"] = window
         if softcap > 0:
             attributes["softcap"] = softcap
-        constant = key_bias_products(q, key_bias, frequencies, k_cache.shape[2], first_position)
+        # The operator wants as many columns as the longest sequence has rows.
+        columns: Any = 0 if key_bias is None else total.item()
+        constant = key_bias_products(q, key_bias, frequencies, columns, first_position)
         if constant is not None:
             bias = constant * scale
         inputs = (*flat, k_cache, v_cache, last, total, None, None, None, bias, sinks, *scales, None, None, count)
