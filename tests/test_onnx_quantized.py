@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
+from typing import Any
 from unittest.mock import patch
 
 import onnx
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from skipstone.ir.capture.huggingface import capture_huggingface
+from skipstone.ir.capture.validate import relative_difference
+from skipstone.ir.dialect import ATTENTION_OPS, key_bias_of
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program
+from skipstone.optimize import optimize
 from skipstone.passes.base import run_pass
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.plan import Plan
 from skipstone.runtime.onnx.lower import lower
 from skipstone.runtime.onnx.quantized import refuse_formats
-from tests.test_onnx_lowering import STEPS, all_nodes, assert_same_steps, build
+from tests.test_onnx_lowering import STEPS, VOCABULARY, all_nodes, assert_same_steps, build
 
 OPTIONS = [
     {},
@@ -26,8 +34,9 @@ OPTIONS = [
     {"kind": "sliding", "window": 1},
     {"kind": "sliding", "window": 4},
     {"sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3},
+    {"key_bias": True, "kind": "sliding", "window": 4},
 ]
-ALONE = [(12, [0]), (1, [12]), (1, [13]), (3, [14]), (1, [17]), (1, [18])]
+ALONE = [(1, [0]), (12, [0]), (1, [12]), (1, [13]), (3, [14]), (1, [17]), (1, [18])]
 """One sequence, whose single steps see much less of the cache than there is."""
 
 
@@ -47,23 +56,23 @@ CELLS = [(8, options) for options in OPTIONS] + [(4, options) for options in OPT
 OTHERS = [(4, options) for options in OPTIONS if len(options) not in (0, 2)]
 
 
-@pytest.mark.parametrize("steps", [STEPS, ALONE], ids=["ragged", "alone"])
 @pytest.mark.parametrize(
     ("bits", "options"), [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in OTHERS)], ids=str
 )
-def test_steps_are_those_of_the_reference(bits: int, options: dict, steps: list) -> None:
+def test_steps_are_those_of_the_reference(bits: int, options: dict) -> None:
     """Prompts, chunks and single tokens: the same codes, the same logits, in the same buffers."""
-    assert_same_steps(quantized(bits, **options), steps)
+    assert_same_steps(quantized(bits, **options), STEPS, ALONE)
 
 
 @pytest.mark.parametrize(
-    "options", [{"window": 4}, {"window": 4, "sinks": True}, {"window": 3, "softcap": 2.0}], ids=str
+    "options",
+    [{"window": 4}, {"window": 4, "sinks": True}, {"window": 3, "softcap": 2.0}, {"window": 4, "key_bias": True}],
+    ids=str,
 )
 def test_windows_in_full_precision(options: dict) -> None:
     """Single steps that read a window as a cache of its own, in float32 too."""
     program = build(kind="sliding", **options)
-    assert_same_steps(program, ALONE)
-    assert_same_steps(program, STEPS)
+    assert_same_steps(program, ALONE, STEPS)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -73,6 +82,24 @@ def test_the_cache_is_read_by_fused_attention_alone(bits: int) -> None:
     readers = Counter(node.op_type for node in all_nodes(graph) if {"key_0", "value_0"} & set(node.input))
     assert set(readers) == {"GroupQueryAttention", "ScatterND"}
     assert not [node for node in all_nodes(graph) if "DequantizeLinear" in node.op_type]
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "conditions"),
+    [
+        (32, {}, []),
+        (32, {"kind": "sliding", "window": 4}, ["beyond_12"]),
+        (8, {"kind": "sliding", "window": 4}, ["beyond_8", "single", "first"]),
+        (8, {"sinks": True}, ["first"]),
+    ],
+)
+def test_forms(bits: int, options: dict, conditions: list[str]) -> None:
+    """An attention has the forms that differ from the operator for it, and no others."""
+    program = build(**options) if bits == 32 else quantized(bits, **options)
+    nodes = list(all_nodes(onnx.load_from_string(lower(program).proto).graph))
+    asked = [node.input[0].split(".")[1] for node in nodes if node.op_type == "If"]
+    assert asked == conditions
+    assert sum(node.op_type == "GroupQueryAttention" for node in nodes) == len(conditions) + 1
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -92,3 +119,38 @@ def test_zero_scales_do_not_reach_the_operator() -> None:
     statics = [tensor for name, tensor in program.tensors().items() if "int8_channel" in name]
     assert len(statics) == 2 and all(bool((tensor > 0).all()) for tensor in statics)
     assert all(tensor.dtype == torch.float32 for tensor in statics)
+
+
+@pytest.fixture(scope="module")
+def executables() -> list[Any]:
+    """A model with large biases of its keys, with an int8 cache, on both targets."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, initializer_range=0.3)).eval()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data.normal_(std=20)
+    options = {"calibration": [torch.randint(0, VOCABULARY, (2, 40))], "progress": False, "threads": 1}
+    program = capture_huggingface(model)
+    with patch.object(import_module("skipstone.optimize"), "_capture", lambda *_: program.copy()):
+        return [optimize(model, Plan([QuantizeKV()]), target=target, **options) for target in ("eager", "onnxruntime")]
+
+
+def test_a_key_bias_beside_the_keys(executables: list[Any]) -> None:
+    """In every form: a prompt, a chunk, and single tokens at all lengths that a cache has room for."""
+    ids = torch.randint(0, VOCABULARY, (2, 40))
+    results = []
+    for each in executables:
+        assert all(key_bias_of(node) is not None for node in each.program.nodes(*ATTENTION_OPS))
+        logits, cache = each.prefill(ids[:, :20])
+        steps = [logits[:, None], each.decode(ids[:, 20:27], cache)]
+        steps += [each.decode(ids[:, at], cache)[:, None] for at in range(27, 40)]
+        results.append(torch.cat(steps, dim=1))
+    assert relative_difference(results[1], results[0]) < 1e-4
+
+
+def test_layers_share_their_conditions(executables: list[Any]) -> None:
+    graph = onnx.load_from_string(lower(executables[1].program).proto).graph
+    asked = [node.input[0] for node in all_nodes(graph) if node.op_type == "If"]
+    assert len(asked) == 4 and len(set(asked)) == 2
+    assert len([each for each in graph.initializer if "neutral_sinks" in each.name]) == 1

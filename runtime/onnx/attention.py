@@ -16,6 +16,7 @@ to, and so what its branches write to.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -76,7 +77,9 @@ class _Expansion:
         forms: list[tuple[ir.Value, Form]] = []
         # A window of 1 would be a cache without rows.
         if (window := self.option.get("local_window_size", 0)) > 1:
-            forms.append((self._condition(f"beyond_{window}", self._is_beyond), self._window))
+            # Copying the window pays from two windows on where the kernel is slow, from three on in float32.
+            rows = window * (3 if self.bits == 32 else 2)
+            forms.append((self._condition(f"beyond_{rows}", partial(self._is_beyond, rows)), self._window))
         if self.bits < 32:
             if self.input["head_sink"] is None:
                 forms.append((self._condition("single", self._is_single), self._with_neutral_sinks))
@@ -118,15 +121,11 @@ class _Expansion:
         """Whether no sequence has anything in the cache: all of the longest one is new."""
         return tape.op("Equal", [self._rows(tape), self._total(tape)])
 
-    def _is_beyond(self, tape: BranchTape) -> ir.Value:
-        """Whether there is one query in all, and more than two windows of rows; with fewer, copying would cost more."""
+    def _is_beyond(self, rows: int, tape: BranchTape) -> ir.Value:
+        """Whether there is one query in all, and it follows so many rows or more."""
         queries = tape.op("ReduceProd", [tape.op("Shape", [self.query], {"end": 2})])
-        longest = tape.integers(2 * self.option["local_window_size"])
-        is_one, is_long = (
-            tape.op("Equal", [queries, tape.integers(1)]),
-            tape.op("Greater", [self._total(tape), longest]),
-        )
-        return tape.op("And", [is_one, is_long])
+        is_one = tape.op("Equal", [queries, tape.integers(1)])
+        return tape.op("And", [is_one, tape.op("Greater", [self._total(tape), tape.integers(rows)])])
 
     def _rows(self, tape: BranchTape) -> ir.Value:
         """The new rows S of each sequence, int64 [1]."""
