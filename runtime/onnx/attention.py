@@ -157,7 +157,7 @@ class _Expansion:
 
         As the operator does it: with the reciprocal of the scale, and that of 1 for a scale of 0.
         """
-        scales, half = self.input[scale], 2.0 ** (self.bits - 1)
+        scales, half = tape.op("Reshape", [self.input[scale], tape.integers(-1)]), 2.0 ** (self.bits - 1)
         used = tape.op("Cast", [scales], {"to": ir.DataType.BOOL})
         inverse = tape.op("Reciprocal", [tape.op("Where", [used, scales, tape.number(1.0)])])
         rounded = tape.op("Round", [tape.op("Mul", [self.input[which], inverse])])

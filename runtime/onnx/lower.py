@@ -172,7 +172,7 @@ class _OnnxForms(fx.Interpreter):
         """`cached_attention` as GroupQueryAttention; it writes in place when past and present are one buffer.
 
         Args:
-            scales: of the keys and the values of a quantized cache, float32 [KH * D].
+            scales: of the keys and the values of a quantized cache, float32 [KH, D].
             quantization: the attributes that go with them.
         """
         batch, heads, rows, width = q.shape
@@ -225,10 +225,9 @@ class _OnnxForms(fx.Interpreter):
         **options: Any,
     ) -> list[Tensor]:
         """`quantized_cached_attention` over codes with one static scale a channel."""
-        scales = tuple(None if each is None else each.flatten() for each in (k_static, v_static))
-        attributes = quantization(parse(k_format).bits)
         operands = (q, k, v, k_cache[0], v_cache[0], start, None, *constants)
-        out = self._group_query_attention(*operands, scales=scales, **options, **attributes)  # type: ignore
+        options |= {"scales": (k_static, v_static), **quantization(parse(k_format).bits)}
+        out = self._group_query_attention(*operands, **options)  # type: ignore
         return list(out)
 
 

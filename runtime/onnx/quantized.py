@@ -38,7 +38,7 @@ def refuse_formats(formats: Iterable[Format], residual: int, first: int) -> None
             hint = "Set residual=0 and sinks=0, or take target='eager'."
             raise Unsupported("rows in full precision beside a quantized cache on ONNX Runtime", hint=hint)
         if not runs(form.bits):
-            hint = "Update onnxruntime (1.27 or later), or take target='eager'."
+            hint = "Update onnxruntime (1.32 or later), or take target='eager'."
             raise Unsupported(f"a cache of {form.bits} bits on ONNX Runtime {onnxruntime.__version__}", hint=hint)
 
 
@@ -72,7 +72,8 @@ def refuse_attentions(program: Program) -> None:
 def runs(bits: int) -> bool:
     """Whether the installed ONNX Runtime computes GroupQueryAttention over a cache of that many bits.
 
-    A model of this one node is run and its result compared: version 1.26 loads such a node and fails when it runs.
+    A model of this one node is run and its result compared: version 1.26 loads such a node and fails when it runs, and
+    until 1.31 it takes no counts of new rows, which ragged batches need.
     """
     heads, width, capacity, rows = 2, 16, 8, 3
     stored = (np.int8, width) if bits == 8 else (np.uint8, width // 2)
@@ -82,9 +83,10 @@ def runs(bits: int) -> bool:
     feeds = {
         "query": new[0], "key": new[1], "value": new[2], "past_key": empty, "past_value": empty.copy(),
         "last": np.array([rows - 1], np.int32), "total": np.array(rows, np.int32),
-        "scale": np.ones(heads * width, np.float32),
+        "scale": np.ones((heads, width), np.float32), "count": np.array([rows], np.int32),
     }  # fmt: skip
-    names = ["query", "key", "value", "past_key", "past_value", "last", "total", *[""] * 5, "scale", "scale"]
+    names = ["query", "key", "value", "past_key", "past_value", "last", "total"]
+    names += [*[""] * 5, "scale", "scale", "", "", "count"]
     node = helper.make_node(
         "GroupQueryAttention", names, ["out", "present_key", "present_value"], domain=MICROSOFT,
         num_heads=heads, kv_num_heads=heads, **quantization(bits),
