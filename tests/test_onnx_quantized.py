@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from importlib import import_module
 from typing import Any
@@ -21,8 +23,10 @@ from skipstone.optimize import optimize
 from skipstone.passes.base import run_pass
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.plan import Plan
+from skipstone.runtime.cache import KVCache
 from skipstone.runtime.onnx.lower import lower
 from skipstone.runtime.onnx.quantized import refuse_formats
+from skipstone.runtime.onnx.session import OnnxSession
 from tests.test_onnx_lowering import STEPS, VOCABULARY, all_nodes, assert_same_steps, build
 
 OPTIONS = [
@@ -100,6 +104,28 @@ def test_forms(bits: int, options: dict, conditions: list[str]) -> None:
     asked = [node.input[0].split(".")[1] for node in nodes if node.op_type == "If"]
     assert asked == conditions
     assert sum(node.op_type == "GroupQueryAttention" for node in nodes) == len(conditions) + 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [(8, {}), (4, {"kind": "sliding", "window": 4}), (32, {"kind": "sliding", "window": 4})],
+    ids=str,
+)
+def test_no_step_copies_the_cache(bits: int, options: dict) -> None:
+    """With room for 2^18 tokens a step takes the time that it takes with room for 32; copying takes 10 times that and more."""
+    options = {"width": 64, **options}
+    session = OnnxSession(build(**options) if bits == 32 else quantized(bits, **options), 1)
+    caches = [KVCache.allocate(session.layout, 1, capacity) for capacity in (32, 2**18)]
+    for rows, start in ((7, 0), (1, 7), (3, 8), (1, 20)):
+        tokens, count = torch.zeros(1, rows, dtype=torch.int64), torch.tensor([rows])
+        fastest = [math.inf, math.inf]
+        for number in range(20):
+            cache = caches[number % 2]
+            cache.lengths = torch.tensor([start])
+            began = time.perf_counter()
+            session.step(tokens, tokens, count, tokens, cache)
+            fastest[number % 2] = min(fastest[number % 2], time.perf_counter() - began)
+        assert fastest[1] < 5 * fastest[0]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
