@@ -112,7 +112,7 @@ def test_forms(bits: int, options: dict, conditions: list[str]) -> None:
     ids=str,
 )
 def test_no_step_copies_the_cache(bits: int, options: dict) -> None:
-    """With room for 2^18 tokens a step takes the time that it takes with room for 32; copying takes 10 times that and more."""
+    """With room for 2^18 tokens a step takes the time that it takes with room for 32; a copy takes 10 times that."""
     options = {"width": 64, **options}
     session = OnnxSession(build(**options) if bits == 32 else quantized(bits, **options), 1)
     caches = [KVCache.allocate(session.layout, 1, capacity) for capacity in (32, 2**18)]
