@@ -21,7 +21,7 @@ from rich.table import Table
 from skipstone.plan import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "numpy", "triton")
+PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "numpy", "triton", "optimum-quanto")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ One step at the end of a context of 8192 or 32768 tokens, batch 1, 32 query head
 with the cache in float32, int8 or int4 and written in place. Every form runs with one and with two threads, from
 caches that no turn before has left in the processor, and counts with the better of the two. The floor of a form is the
 time to read its keys and values once, at the bandwidth measured in the same run.
+
+The second part, `benchmarks.kv_end_to_end`, decodes with a whole model.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import kv_forms
 from benchmarks.harness import Row, Samples, Turn, arguments, publish, read_floor, take_turns, timed
+from benchmarks.kv_end_to_end import end_to_end
 
 CONTEXTS = {"8k": 8192, "32k": 32768}
 THREADS = (1, 2)
@@ -49,7 +52,8 @@ IN_TORCH = "torch, packed"  # no form to lower to: what the same machine does el
 def main() -> None:
     """Measure, print and write the figures."""
     options = arguments("kv_speed", __doc__ or "").parse_args()
-    publish("kv_speed", kernels(rounds=9 if options.quick else 41), options.json)
+    rows = kernels(rounds=9 if options.quick else 41) + end_to_end(options.quick)
+    publish("kv_speed", rows, options.json)
 
 
 def kernels(rounds: int) -> list[Row]:
