@@ -21,13 +21,16 @@ from skipstone.passes.base import Pass, Remark
 
 aten = torch.ops.aten
 
+OUTLIER = 2.0
+"""Channels that become larger than this many times the median channel of their head are outliers."""
+
 
 class Rewrite(StrEnum):
     """What can be done to keys and values; each is exact in real arithmetic. Listed in the order of application."""
 
-    FOLD_V_SCALE = "fold_v_scale"  # bring the channels of the values to one size; calibrated
+    FOLD_V_SCALE = "fold_v_scale"  # bring outlier channels of the values down; calibrated
     FOLD_V_ROTATION = "fold_v_rotation"  # spread each value over its channels by a Hadamard matrix
-    SMOOTH_K = "smooth_k"  # bring the channels of the keys closer to one size; calibrated
+    SMOOTH_K = "smooth_k"  # bring outlier channels of the keys down; calibrated
     SPLIT_K_BIAS = "split_k_bias"  # leave a large key bias out of the keys; the attention adds it
     CENTRE_K = "centre_k"  # subtract the mean of the keys; calibrated
 
@@ -36,14 +39,13 @@ class Rewrite(StrEnum):
 class ConditionKV(Pass):
     """Fold scales, rotations and shifts of keys and values into the weights around each attention.
 
+    Outlier channels are brought down by powers of two, which round nothing, and the other channels stay as they are.
     Scales of keys are shared by the channels that a rotary embedding mixes, and by all channels that one weight makes.
     What is not exact at an attention is refused there, with the reason; the other rewrites still apply.
 
     Attributes:
         rewrites: which to apply, names of `Rewrite`.
         large_bias: key biases above this are split off; see `skipstone.ir.key_bias.large_key_biases`.
-        outliers: scales and rotations are made where the largest channel is at least this many times the median one.
-            Where no channel stands out they gain nothing, and small blocks lose by them.
     """
 
     name: ClassVar[str] = "condition_kv"
@@ -52,7 +54,6 @@ class ConditionKV(Pass):
         Rewrite.FOLD_V_SCALE, Rewrite.FOLD_V_ROTATION, Rewrite.SMOOTH_K, Rewrite.SPLIT_K_BIAS,
     )  # fmt: skip
     large_bias: float = LARGE_BIAS
-    outliers: float = 1.0
 
     def validate(self) -> None:
         """Refuse settings that fit no model.
@@ -67,8 +68,6 @@ class ConditionKV(Pass):
                 raise InvalidPlan(f"condition_kv: there is no rewrite {each!r}.", hint=f"The nearest is {close!r}.")
         if not self.large_bias > 0:
             raise InvalidPlan(f"condition_kv: large_bias is {self.large_bias}, expected a number above 0.")
-        if not self.outliers >= 1:
-            raise InvalidPlan(f"condition_kv: outliers is {self.outliers}, expected a ratio of 1 or more.")
 
     def check(self, program: Program) -> None:
         """See `Pass.check`."""
@@ -78,8 +77,6 @@ class ConditionKV(Pass):
             Rewrite.SMOOTH_K: ("key", "minimum", "maximum"),
             Rewrite.CENTRE_K: ("key", "mean"),
         }
-        if self.outliers > 1:
-            needed[Rewrite.FOLD_V_ROTATION] = needed[Rewrite.FOLD_V_SCALE]
         for node, site in sites(program).items():
             for rewrite, (which, *statistics) in needed.items():
                 for statistic in statistics if rewrite in self.rewrites else ():
@@ -98,7 +95,7 @@ class ConditionKV(Pass):
         }
         remarks = []
         for node, name in sites(program).items():
-            site = _Site(projections, node, name, large.get(name), self.outliers)
+            site = _Site(projections, node, name, large.get(name), Rewrite.CENTRE_K in self.rewrites)
             for rewrite, step in steps.items():
                 if rewrite not in self.rewrites:
                     continue
@@ -124,12 +121,12 @@ class _Site:
     """One attention: its operands and weights, and new values for them."""
 
     def __init__(
-        self, projections: Projections, attention: fx.Node, name: str, large_bias: float | None, outliers: float
+        self, projections: Projections, attention: fx.Node, name: str, large_bias: float | None, centre: bool
     ) -> None:
         self.projections, self.program = projections, projections.program
         self.attention, self.name = attention, name
         self.large_bias = large_bias  # how large its key bias is, if that is to be split off
-        self.outliers = outliers
+        self.centre = centre  # whether its keys are to be centred
         self.key_scale: Tensor | None = None  # [KH, D], what the keys have been divided by since they were measured
         self._paths: dict[fx.Node, Path] = {}
 
@@ -163,14 +160,12 @@ class _Site:
         return tensor.to(self.program.source.device, torch.float64)
 
     def magnitudes(self, which: str) -> Tensor:
-        """The largest calibrated magnitude of each channel, float64 [KH, D]."""
-        return torch.maximum(-self.calibrated(which, "minimum"), self.calibrated(which, "maximum"))
-
-    def require_outliers(self, magnitudes: Tensor) -> None:
-        """Leave it at that where the channels of these magnitudes [KH, D] are alike."""
-        largest = float(_relative(magnitudes).max())
-        if largest < self.outliers:
-            raise _Nothing(f"no channel stands out: the largest is {largest:.1f} times the median")
+        """The largest calibrated magnitude of each channel as it will be stored, float64 [KH, D]."""
+        low, high = (self.calibrated(which, each) for each in ("minimum", "maximum"))
+        if which == "key" and self.centre and not _reason_against_centring(self.attention):
+            mean = self.calibrated(which, "mean")
+            low, high = low - mean, high - mean
+        return torch.maximum(-low, high)
 
 
 class _Overlay:
@@ -204,12 +199,8 @@ class _Overlay:
 
 
 def _fold_v_scale(site: _Site) -> str:
-    """Values over m, channel by channel, with m the square root of their relative magnitude; output projection by m.
-
-    Not the magnitude itself: it is the largest value, and would shrink channels with rare outliers too far.
-    """
-    site.require_outliers(site.magnitudes("value"))
-    scale = _relative(site.magnitudes("value")).sqrt()
+    """Outlier channels of the values over powers of two, the output projection times these."""
+    scale = _outlier_scale(site.magnitudes("value"))
     _transform_values(site, torch.diag_embed(1 / scale), torch.diag_embed(scale))
     return f"channels over {_range(scale)}"
 
@@ -220,8 +211,6 @@ def _fold_v_rotation(site: _Site) -> str:
     block = width & -width
     if block == 1:
         raise _Nothing(f"values of odd width {width}")
-    if site.outliers > 1:
-        site.require_outliers(site.magnitudes("value"))
     matrix = torch.block_diag(*[hadamard(block)] * (width // block)).to(site.program.source.device)
     _transform_values(site, matrix.expand(heads, -1, -1), matrix.T.expand(heads, -1, -1))
     return f"blocks of {block} channels"
@@ -249,7 +238,7 @@ def _transform_values(site: _Site, matrices: Tensor, inverses: Tensor) -> None:
 
 
 def _smooth_k(site: _Site) -> str:
-    """Keys over m, channel by channel, with m the square root of their relative magnitude; queries by m."""
+    """Outlier channels of the keys over powers of two, the queries times these."""
     if len(site.attention.args) > 6 and site.attention.args[6] is not None:
         raise Unsupported("keys whose bias has been split off already")
     query, key = site.paths("query", "key")
@@ -259,11 +248,9 @@ def _smooth_k(site: _Site) -> str:
         magnitudes = torch.stack([torch.where(rows < 0, 0.0, sizes[rows]) for rows in key.origins]).amax(dim=0)
     else:
         magnitudes = site.magnitudes("key")
-    site.require_outliers(magnitudes)
-    tied = tied_channels(key, query)
-    largest = torch.zeros(tied.numel(), dtype=magnitudes.dtype, device=tied.device)
-    largest.scatter_reduce_(0, tied.flatten(), magnitudes.flatten(), "amax")
-    scale = _relative(largest[tied]).sqrt()
+    tied, scale = tied_channels(key, query), _outlier_scale(magnitudes)
+    largest = torch.zeros(tied.numel(), dtype=scale.dtype, device=tied.device)
+    scale = largest.scatter_reduce_(0, tied.flatten(), scale.flatten(), "amax")[tied]
     overlay = _Overlay(site.program)
     group = query.origins[0].shape[0] // key.origins[0].shape[0]
     _scale_elements(overlay, key, 1 / scale)
@@ -327,15 +314,10 @@ def _split_k_bias(site: _Site) -> str:
 def _centre_k(site: _Site) -> str:
     """Subtract a constant from all keys of a head: it adds the same to all logits of a query, which softmax ignores."""
     node = site.attention
-    operands: Any = (*node.args, None, None, None, None)
-    key, sinks, key_bias = operands[1], operands[5], operands[6]
-    if node.kwargs.get("softcap"):
-        raise Unsupported("logits that are capped: a constant changes them")
-    if sinks is not None:
-        raise Unsupported("sink logits, which a constant on all others changes")
-    if len(key.users) > 1:
-        raise Unsupported(f"{key.name}, which another attention reads too")
-    if key_bias is not None:
+    key: Any = node.args[1]
+    if reason := _reason_against_centring(node):
+        raise Unsupported(reason)
+    if len(node.args) > 6 and node.args[6] is not None:
         raise _Nothing("the keys were measured with the bias that is split off")
     name = f"key_mean_{node.kwargs['slot']}"
     if hasattr(site.program.module, name):
@@ -347,6 +329,16 @@ def _centre_k(site: _Site) -> str:
         constant = site.program.add_tensor(name, mean.unsqueeze(1).to(key.meta["val"].dtype))
         node.update_arg(1, site.program.call(aten.sub.Tensor, key, constant))
     return "mean subtracted"
+
+
+def _reason_against_centring(attention: fx.Node) -> str:
+    """Why a constant on all keys of an attention would change its result, "" if it would not."""
+    if attention.kwargs.get("softcap"):
+        return "logits that are capped: a constant changes them"
+    if len(attention.args) > 5 and attention.args[5] is not None:
+        return "sink logits, which a constant on all others changes"
+    key: Any = attention.args[1]
+    return f"{key.name}, which another attention reads too" if len(key.users) > 1 else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ algebra
@@ -384,12 +376,18 @@ def _scale_elements(overlay: _Overlay, path: Path, channels: Tensor) -> None:
         overlay.change(source.bias, lambda bias: bias * factor)
 
 
-def _relative(magnitudes: Tensor) -> Tensor:
-    """Magnitudes over their median; 1 for those that are 0."""
-    positive = magnitudes[magnitudes > 0]
-    if len(positive) == 0:
-        raise _Nothing("all channels are zero")
-    return torch.where(magnitudes > 0, magnitudes / positive.median(), 1.0)
+def _outlier_scale(magnitudes: Tensor) -> Tensor:
+    """The smallest powers of two over which no channel is an outlier, 1 for most: float64 [KH, D].
+
+    Args:
+        magnitudes: the largest of each channel, [KH, D].
+    """
+    median = torch.where(magnitudes > 0, magnitudes, torch.nan).nanmedian(dim=1, keepdim=True).values
+    relative = (magnitudes / median).nan_to_num(nan=0.0)  # a head that is zero has no median
+    scale = 2 ** (relative / OUTLIER).log2().ceil().clamp(min=0)
+    if bool((scale == 1).all()):
+        raise _Nothing(f"no channel stands out: the largest is {float(relative.max()):.1f} times the median")
+    return scale
 
 
 def _range(scale: Tensor) -> str:

@@ -31,20 +31,19 @@ Granularity = Literal["channel", "token", "group"]
 Pair = tuple[Format, Format]  # of the keys and of the values
 
 
-OUTLIERS = 4.0
-"""Scales and rotations are worth their while where the largest channel is this many times the median one. The reference
-model of the benchmarks, which has no outliers, stays below 2.5, and in blocks of 16 channels it would lose by them."""
-
-
 def _key_gains(form: Format) -> set[Rewrite]:
-    """Rewrites that make keys lose less in a format; scales a channel adapt to each channel as it is."""
-    return set() if isinstance(form, Full) or form.static == "channel" or form.group_tokens > 1 else {Rewrite.SMOOTH_K}
+    """Rewrites that make keys lose less in a format: one with a range per channel and group of tokens needs none.
+
+    In all others, keys without their mean have smaller ranges; a scale per channel adapts to outliers by itself.
+    """
+    if isinstance(form, Full) or form.group_tokens > 1:
+        return set()
+    return {Rewrite.CENTRE_K} if form.static == "channel" else {Rewrite.SMOOTH_K, Rewrite.CENTRE_K}
 
 
 def _value_gains(form: Format) -> set[Rewrite]:
-    """The same for values, which are free to be rotated: that spreads the rare outliers that scales leave."""
-    exempt = isinstance(form, Full) or form.static == "channel"
-    return set() if exempt else {Rewrite.FOLD_V_SCALE, Rewrite.FOLD_V_ROTATION}
+    """The same for values. A rotation is not among them: once there are no outliers, it gains little or loses."""
+    return set() if isinstance(form, Full) or form.static == "channel" else {Rewrite.FOLD_V_SCALE}
 
 
 GAINS = (_key_gains, _value_gains)
@@ -128,7 +127,7 @@ class QuantizeKV(Pass):
         if calibrated:
             for pair in self._pairs():
                 rewrites |= {rewrite for form, gains in zip(pair, GAINS, strict=True) for rewrite in gains(form)}
-        return ConditionKV(tuple(rewrite for rewrite in Rewrite if rewrite in rewrites), outliers=OUTLIERS)
+        return ConditionKV(tuple(rewrite for rewrite in Rewrite if rewrite in rewrites))
 
     def split(self, program: Program) -> SplitHeads | None:
         """The pass that has to run before there are cache slots, where heads of one attention differ in their formats.

@@ -255,12 +255,36 @@ def calibrated(program: Program) -> Program:
     return found
 
 
-def test_scaled_values_are_closer_to_one_size() -> None:
-    before = calibrated(program("llama"))
-    result, _ = condition(before, Rewrite.FOLD_V_SCALE)
-    for (_, new), (_, old) in zip(keys_and_values(result), keys_and_values(before), strict=True):
-        sizes = [x.abs().amax(dim=(0, 2)) for x in (old, new)]
-        torch.testing.assert_close(sizes[1], (sizes[0] * sizes[0].median()).sqrt(), rtol=1e-4, atol=1e-5)
+def with_outliers(name: str) -> Program:
+    """The program with two larger channels of keys and of values in the second head, of width 12."""
+    changed = program(name).copy()
+    for path in ("k_proj", "v_proj"):
+        projection = changed.module.get_submodule(f"model.layers.0.self_attn.{path}")
+        weight = projection.weight.detach().clone()
+        weight[13:15] *= torch.tensor([[9.0], [50.0]])
+        projection.weight = nn.Parameter(weight, requires_grad=False)
+    return calibrated(changed)
+
+
+def sizes(program: Program) -> tuple[Tensor, Tensor]:
+    """The largest magnitudes of keys and of values, channel by channel, [KH, D] each."""
+    keys, values = (rows.abs().amax(dim=(0, 2)) for rows in keys_and_values(program)[0])
+    return keys, values
+
+
+def assert_outliers_are_halved(new: Tensor, old: Tensor, median: Tensor) -> None:
+    """Sizes [KH, D] of channels above twice the median [KH, 1] are halved until they are not, and no others."""
+    outlier, halvings = old > 2 * median, (old / new).log2()
+    assert outlier[1].sum() >= 2
+    torch.testing.assert_close(halvings, halvings.round(), rtol=0, atol=1e-4)
+    assert torch.equal(halvings.round() > 0, outlier)
+    assert bool((new <= 2 * median).all()) and bool((new > median)[outlier].all())
+
+
+def test_outlier_channels_of_values_are_halved() -> None:
+    before = with_outliers("llama")
+    (_, new), (_, old) = sizes(condition(before, Rewrite.FOLD_V_SCALE)[0]), sizes(before)
+    assert_outliers_are_halved(new, old, old.median(dim=1, keepdim=True).values)
 
 
 def test_rotated_values_are_the_values_times_a_hadamard_matrix() -> None:
@@ -270,12 +294,40 @@ def test_rotated_values_are_the_values_times_a_hadamard_matrix() -> None:
         torch.testing.assert_close(new, old @ matrix.T, rtol=1e-4, atol=1e-4)
 
 
-def test_smoothed_keys_are_closer_to_one_size() -> None:
-    before = calibrated(program("llama"))
-    result, _ = condition(before, Rewrite.SMOOTH_K)
-    for (new, _), (old, _) in zip(keys_and_values(result), keys_and_values(before), strict=True):
-        pairs = [x.abs().amax(dim=(0, 2)).unflatten(1, (2, 6)).amax(dim=1).repeat(1, 2) for x in (old, new)]
-        torch.testing.assert_close(pairs[1], (pairs[0] * pairs[0].median()).sqrt(), rtol=1e-4, atol=1e-5)
+def test_outlier_pairs_of_keys_are_halved() -> None:
+    before = with_outliers("llama")
+    (new, _), (old, _) = sizes(condition(before, Rewrite.SMOOTH_K)[0]), sizes(before)
+    pairs = [each.unflatten(1, (2, 6)).amax(dim=1).repeat(1, 2) for each in (new, old)]
+    assert_outliers_are_halved(*pairs, old.median(dim=1, keepdim=True).values)
+
+
+KEYS = "condition_kv/model.layers.0.self_attn/key"
+
+
+def with_key_statistics(minimum: Tensor, maximum: Tensor) -> Program:
+    """The Llama with these ranges of its keys, and zero for their mean."""
+    changed = program("llama").copy()
+    statistics = {"minimum": minimum, "maximum": maximum, "mean": torch.zeros_like(minimum)}
+    changed.calibration = changed.calibration | {f"{KEYS}/{name}": each.clone() for name, each in statistics.items()}
+    return changed
+
+
+def test_channels_that_stand_out_by_their_mean_alone_are_centred_instead_of_halved() -> None:
+    before = with_key_statistics(-torch.ones(2, 12), torch.ones(2, 12))
+    for statistic in ("minimum", "maximum", "mean"):
+        before.calibration[f"{KEYS}/{statistic}"][0, 3] += 1000.0
+    alone, both = (Rewrite.SMOOTH_K,), (Rewrite.SMOOTH_K, Rewrite.CENTRE_K)
+    apart, together = (condition(before, *each)[1] for each in (alone, both))
+    assert statuses(apart) == {Status.APPLIED: 1}
+    assert statuses(together) == {Status.APPLIED: 1, Status.MISSED: 1}
+
+
+def test_nothing_is_done_where_no_channel_stands_out() -> None:
+    before = with_key_statistics(-torch.ones(2, 12), torch.linspace(1, 1.9, 12).expand(2, 12))
+    _, remarks = condition(before, Rewrite.SMOOTH_K)
+    assert [remark.why for remark in remarks] == [
+        "smooth_k: no channel stands out: the largest is 1.3 times the median"
+    ]
 
 
 @pytest.mark.parametrize("rewrites", [(Rewrite.CENTRE_K,), (Rewrite.SMOOTH_K, Rewrite.CENTRE_K)])
@@ -418,7 +470,7 @@ def odd() -> Program:
     found = capture_module(Layers().eval(), {"x": torch.randn(3, 7, 16)})
     for site in sites(found).values():
         for statistic, sign in (("minimum", -1), ("maximum", 1)):
-            found.calibration[f"condition_kv/{site}/key/{statistic}"] = sign * torch.rand(2, 8).add(0.1)
+            found.calibration[f"condition_kv/{site}/key/{statistic}"] = sign * torch.randn(2, 8).mul(2).exp()
     return found
 
 
