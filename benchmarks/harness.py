@@ -22,6 +22,7 @@ from skipstone.plan import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "numpy", "triton", "optimum-quanto")
+WIDTH = 120  # of printed tables, on any terminal: no figure is cut off
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def arguments(name: str, description: str) -> argparse.ArgumentParser:
 
 def publish(title: str, rows: Sequence[Row], path: Path) -> None:
     """Print the rows as a table and write them as JSON, whole or not at all."""
-    Console().print(_table(title, rows))
+    Console(width=WIDTH).print(_table(title, rows))
     plain = [{key: value for key, value in asdict(row).items() if key != "at_most"} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"device": device(), "versions": versions(), "rows": plain}
