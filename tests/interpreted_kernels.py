@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,81 +15,23 @@ from torch import Tensor
 
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.formats import parse
-from skipstone.ir.quantized import cache_format, quantized_cached_attention_
 from skipstone.kernels.call import Call
 from skipstone.kernels.quantized_cached_attention import launches
-
-FORMATS = ("full", "int8_channel", "int4_channel", "int8_token", "fp8_token", "int4_group", "nvfp4", "mxfp4")
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
-"""Largest error over the largest output."""
-
-STEPS = [[17, 9], [1, 1], [3, 2]]
+from tests import kernel_cases
+from tests.kernel_cases import FORMATS, GROUPS_AND_WIDTHS, LENGTHS, buffers
 
 
-def buffers(
-    form: str, kept: dict[str, int], shape: tuple[int, int, int, int], dtype: torch.dtype
-) -> list[list[Tensor]]:
-    """Caches of keys and of values: shape is B, KH, C, D."""
-    batch, heads, capacity, width = shape
-    parts = cache_format(form, **kept).parts(width, dtype)
-    return [[torch.zeros(batch, heads, p.rows(capacity), p.width, dtype=p.dtype) for p in parts] for _ in range(2)]
+def interpret(q: Tensor, *operands: Any, processors: int = 4, **options: Any) -> Tensor:
+    """What is launched on a device with so many processors."""
+    call = Call(q, *operands, **options)
+    call.check()
+    out = torch.full((*q.shape[:3], call.v.shape[-1]), float("nan"), dtype=q.dtype)
+    for launch in launches(call, out, processors):
+        launch()
+    return out
 
 
-def check(
-    form: str,
-    steps: list[list[int]] = STEPS,
-    *,
-    group: int = 2,
-    kv_heads: int = 2,
-    width: int = 64,
-    capacity: int = 40,
-    processors: int = 4,
-    dtype: torch.dtype = torch.float32,
-    strided: bool = False,
-    given: int = 0,
-    residual: int = 0,
-    first: int = 0,
-    sinks: Tensor | None = None,
-    **options: Any,
-) -> list[Tensor]:
-    """Ragged steps through both: the same bytes in the cache, and the same outputs, which are returned.
-
-    A step of `given` tokens is not the kernels' task.
-    """
-    kept = {"residual": residual, "first": first}
-    batch = len(steps[0])
-    shape = (batch, kv_heads, capacity, width)
-    expected, got = (buffers(form, kept, shape, dtype) for _ in range(2))
-    if strided:
-        got = [[part.transpose(1, 2).contiguous().transpose(1, 2) for part in half] for half in got]
-    extremes = torch.full((kv_heads, width), 3.0)
-    static = parse(form).static_from(-extremes, extremes, 1.1)
-    options = {"k_format": form, "v_format": form, "scale": width**-0.5, "kind": "causal", **kept, **options}
-    start, outputs = torch.zeros(batch, dtype=torch.int64), []
-    for counts in steps:
-        rows, count = max(counts), torch.tensor(counts)
-        q = torch.randn(batch, kv_heads * group, rows, width, dtype=dtype)
-        k, v = (torch.randn(batch, kv_heads, rows, width, dtype=dtype) for _ in range(2))
-        operands = (start, count, static, static, sinks)
-        wanted = quantized_cached_attention_(q, k, v, *expected, *operands, **options)
-        if rows == given:  # a prompt that the kernels need not read: the interpreter is slow
-            for mine, theirs in zip(itertools.chain(*got), itertools.chain(*expected), strict=True):
-                mine.copy_(theirs)
-            start = start + count
-            continue
-        out = torch.full_like(wanted, float("nan"))
-        call = Call(q, k, v, *got, *operands, **options)
-        call.check()
-        for launch in launches(call, out, processors):
-            launch()
-        for row, number in [(row, number) for row, number in enumerate(counts) if number]:
-            mine, theirs = (x[row, :, :number].float() for x in (out, wanted))
-            assert (mine - theirs).abs().max() <= TOLERANCE[dtype] * theirs.abs().max()
-        for mine, theirs in zip(itertools.chain(*got), itertools.chain(*expected), strict=True):
-            assert torch.equal(mine, theirs)
-        outputs += [out[row, :, :number] for row, number in enumerate(counts)]
-        start = start + count
-    return outputs
+check = partial(kernel_cases.check, interpret)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -107,15 +50,13 @@ def test_rows_in_full_precision(form: str) -> None:
     check(form, residual=4, first=2)
 
 
-@pytest.mark.parametrize(
-    ("group", "width"), [(1, 64), (2, 80), (4, 96), (6, 128), (7, 64), (8, 96), (16, 64), (1, 128)]
-)
+@pytest.mark.parametrize(("group", "width"), GROUPS_AND_WIDTHS)
 @pytest.mark.parametrize("form", ["int8_token", pytest.param("int4_channel", marks=pytest.mark.slow)])
 def test_groups_and_head_sizes(form: str, group: int, width: int) -> None:
     check(form, [[9, 5], [1, 1]], group=group, width=width)
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("form", ["int8_token", pytest.param("int4_group", marks=pytest.mark.slow)])
 def test_lengths_around_block_edges(form: str, length: int) -> None:
     check(form, [[length, max(1, length - 1)], [1, 1]], capacity=80, kv_heads=1, group=2)
@@ -138,7 +79,8 @@ def test_the_number_of_splits_does_not_matter(form: str) -> None:
     for processors in (1, 64):
         torch.manual_seed(1)
         steps = [[300, 70], [1, 1], [2, 1]]
-        results.append(check(form, steps, given=300, capacity=320, kv_heads=1, processors=processors))
+        run = partial(interpret, processors=processors)
+        results.append(kernel_cases.check(run, form, steps, given=300, capacity=320, kv_heads=1))
     for one, many in zip(*results, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
 
