@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -85,8 +85,8 @@ class SkipSublayers(Pass):
         """See `Pass.rewrite`."""
         chosen = self.sites(program)
         before = program.weight_bytes()
-        for sublayer in chosen:
-            _bypass(sublayer)
+        for add, other in bypassed(chosen).items():
+            add.replace_all_uses_with(other)
         program.recompile()
         saved = before - program.weight_bytes()
         remarks = [self.applied(s.path, f"{s.kind} of layer {s.layer} skipped") for s in chosen]
@@ -95,33 +95,47 @@ class SkipSublayers(Pass):
         return [*remarks, self.applied("model", f"{saved:,} bytes of weights gone", weight_bytes=saved)]
 
 
-def _bypass(sublayer: Sublayer) -> None:
-    """Replace ``other + branch`` by ``other``."""
-    branch = sublayer.branch
-    for user in _behind_casts(branch):
-        operands = user.args[:2]
-        if user.target is not aten.add.Tensor or not all(isinstance(operand, fx.Node) for operand in operands):
-            raise Unsupported(
-                f"skipping a sublayer whose result feeds {user.name} ({user.target})",
-                where=sublayer.path,
-                hint="Only branches that are added to the stream can be left out exactly.",
-            )
-        leads = [_source(operand) is branch for operand in operands]  # type: ignore[arg-type]
-        other = operands[leads.index(False)]
-        if user.kwargs.get("alpha", 1) != 1 and leads[0]:
-            raise Unsupported("skipping a branch beside a scaled stream", where=sublayer.path)
-        user.replace_all_uses_with(other)  # type: ignore[arg-type]
+def bypassed(sublayers: Iterable[Sublayer]) -> dict[fx.Node, fx.Node]:
+    """The additions that fall away without these sublayers, each with the value of the graph that takes its place.
+
+    Raises:
+        Unsupported: a branch goes somewhere else than into additions to the stream.
+    """
+    gone: dict[fx.Node, Sublayer] = {}  # values that are no longer there, and the sublayer that they came from
+    instead: dict[fx.Node, fx.Node] = {}
+    pending = [(sublayer.branch, sublayer) for sublayer in sublayers]
+    while pending:
+        node, sublayer = pending.pop()
+        gone[node] = sublayer
+        for user in node.users:
+            if user.target in _CASTS:
+                pending.append((user, sublayer))
+                continue
+            other = _other_operand(user, node, sublayer)
+            if other in gone:  # both branches of a sum of two
+                instead.pop(user, None)
+                pending.append((user, sublayer))
+            else:
+                instead[user] = other
+    return {add: _resolved(other, instead) for add, other in instead.items()}
 
 
-def _behind_casts(node: fx.Node) -> Iterable[fx.Node]:
-    for user in list(node.users):
-        if user.target in _CASTS:
-            yield from _behind_casts(user)
-        else:
-            yield user
+def _other_operand(add: fx.Node, branch: fx.Node, sublayer: Sublayer) -> fx.Node:
+    operands = add.args[:2]
+    if add.target is not aten.add.Tensor or not all(isinstance(operand, fx.Node) for operand in operands):
+        raise Unsupported(
+            f"skipping a sublayer whose result feeds {add.name} ({add.target})",
+            where=sublayer.path,
+            hint="Only branches that are added to the stream can be left out exactly.",
+        )
+    first, second = operands
+    if add.kwargs.get("alpha", 1) != 1 and first is branch:
+        raise Unsupported("skipping a branch beside a scaled stream", where=sublayer.path)
+    return second if first is branch else first  # type: ignore[return-value]
 
 
-def _source(node: fx.Node) -> fx.Node:
-    while node.target in _CASTS:
-        node = node.args[0]  # type: ignore[assignment]
+def _resolved(node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """What stands for a value in the end: the addition that takes another's place may itself fall away."""
+    while node in instead:
+        node = instead[node]
     return node

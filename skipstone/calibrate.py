@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from skipstone.ir.dialect import attention_reference
+from skipstone.ir.dialect import ATTENTION_OPS, Kind, attention_reference
 from skipstone.ir.errors import InvalidInput, UserError
 from skipstone.ir.formats import Format
 from skipstone.ir.program import Program, Role, Source
@@ -95,6 +95,31 @@ def token_batches(data: CalibrationData, source: Source) -> list[Batch]:
     return batches
 
 
+def program_inputs(program: Program, batch: Batch) -> list[Tensor]:
+    """The inputs of a program without a cache for a batch, in the order of its ports and on its device.
+
+    Raises:
+        UserError: it takes something else than tokens, positions and padding.
+        InvalidInput: the batch is padded, and the tokens of the program would see the padding.
+    """
+    columns = torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape) + program.source.first_position
+    values = {Role.TOKENS: batch.tokens, Role.POSITIONS: columns.contiguous(), Role.PADDING: batch.valid}
+    known = {port.role for port in program.inputs}
+    if known - set(values) or Role.TOKENS not in known:
+        raise UserError(f"calibration needs a model over tokens alone, this one takes {sorted(known)}.")
+    looks_ahead = any(node.kwargs.get("kind") == Kind.BIDIRECTIONAL for node in program.nodes(*ATTENTION_OPS))
+    if looks_ahead and Role.PADDING not in known and not bool(batch.valid.all()):
+        raise InvalidInput(
+            "a calibration batch is padded, and the model has no input that says where.",
+            hint="Give batches of sequences of one length.",
+        )
+    placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
+    dtypes = (node.meta["val"].dtype for node in placeholders)
+    return [
+        values[port.role].to(program.source.device, dtype) for port, dtype in zip(program.inputs, dtypes, strict=True)
+    ]
+
+
 def measure(program: Program, batches: Sequence[Batch], pass_name: str, progress: bool = False) -> dict[str, Tensor]:
     """Ranges and means of the keys and values of every attention, channel by channel, in one pass over the data.
 
@@ -162,14 +187,8 @@ def _through(form: Format, x: Tensor, static: Tensor | None) -> Tensor:
 @torch.no_grad()
 def _run(program: Program, batch: Batch, observe: Callable[[fx.Node, str, tuple[Any, ...]], None]) -> None:
     """Run a program without a cache, and show the operands of every attention to `observe`."""
-    device = program.source.device
-    columns = torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape) + program.source.first_position
-    values = {Role.TOKENS: batch.tokens, Role.POSITIONS: columns.contiguous()}
-    known = {port.role for port in program.inputs}
-    if known - set(values) or Role.TOKENS not in known:
-        raise UserError(f"calibration needs a model over tokens alone, this one takes {sorted(known)}.")
     with suppress(_AllSeen):
-        _Observer(program, observe).run(*(values[port.role].to(device) for port in program.inputs))
+        _Observer(program, observe).run(*program_inputs(program, batch))
 
 
 class _AllSeen(Exception):
