@@ -58,7 +58,8 @@ class Cost:
 def cost(program: Program, nodes: Iterable[fx.Node] | None = None) -> Cost:
     """The cost of `nodes` (default: all) of a program.
 
-    Storage that several of the nodes read counts once; the critical path counts the steps inside `nodes` alone.
+    Storage that several of the nodes read counts once; the critical path counts the steps inside `nodes` alone. What a
+    gate may spare counts as if it never did.
     """
     sizes = Sizes(name_dimensions(program))
     chosen = [node for node in (nodes if nodes is not None else program.nodes()) if node.op == "call_function"]

@@ -23,6 +23,10 @@ from skipstone.ir.experts import EXPERTS as EXPERTS
 from skipstone.ir.experts import Activation as Activation
 from skipstone.ir.experts import Layout as Layout
 from skipstone.ir.experts import experts as experts
+from skipstone.ir.gates import GATE as GATE
+from skipstone.ir.gates import SKIP_PREDICATE as SKIP_PREDICATE
+from skipstone.ir.gates import gate as gate
+from skipstone.ir.gates import skip_predicate as skip_predicate
 from skipstone.ir.quantized import QUANTIZED_CACHED_ATTENTION as QUANTIZED_CACHED_ATTENTION
 from skipstone.ir.quantized import quantized_cached_attention as quantized_cached_attention
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from skipstone.ir.cost import name_dimensions
+from skipstone.ir.dialect import GATE
 from skipstone.ir.errors import ArtifactError, UserError
+from skipstone.ir.gates import spared
 from skipstone.ir.program import Port, Program, Record, module_path
 
 INFIX = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//", operator.truediv: "/"}
@@ -31,7 +33,7 @@ def readable(program: Program) -> str:
     """The graph as Python that runs: a function of the program's tensors (a dict by name) and its inputs.
 
     Comments give the ports, the module path whenever it changes, the type of every value with batch and sequence as B
-    and S, and the passes that made a node.
+    and S, the decision by which a node may be spared, and the passes that made it.
     """
     names = name_dimensions(program)
     operators = Counter(node.op for node in program.graph.nodes)
@@ -133,6 +135,7 @@ def _function(name: str, graph: fx.Graph, names: Names, tensors: bool = True) ->
     inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
     yield f"def {name}({', '.join(['tensors'] * tensors + inputs)}):"
     module = ""
+    decisions = {each: node.args[1] for node in graph.nodes if node.target is GATE for each in spared(node)}
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
@@ -140,7 +143,8 @@ def _function(name: str, graph: fx.Graph, names: Names, tensors: bool = True) ->
         if node.op == "call_function" and path != module:
             module = path
             yield f"    # {path or 'the model itself'}"
-        yield f"    {_line(node, names)}"
+        unless = f", unless {decisions[node]} is true everywhere" if node in decisions else ""
+        yield f"    {_line(node, names)}{unless}"
 
 
 def _line(node: fx.Node, names: Names) -> str:

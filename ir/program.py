@@ -30,6 +30,7 @@ class Role(StrEnum):
     PADDING = "padding"  # int64 or bool [B, S], 1 where the token is real (bidirectional models)
     START = "start"  # int64 [B], rows of each sequence that are in the cache already
     COUNT = "count"  # int64 [B], valid rows among the new ones of each sequence
+    DECODE_START = "decode_start"  # int64 [B], rows of each sequence that are its prompt
     LOGIT_ROWS = "logit_rows"  # int64 [B, R], the rows of the sequence that reach the head
     CACHE_KEY = "cache_key"  # [B, KH, rows, width], one part of the keys of one slot
     CACHE_VALUE = "cache_value"  # [B, KH, rows, width], one part of the values of one slot
@@ -110,6 +111,7 @@ class Program:
         inputs, outputs: the ports, in graph order.
         source: facts about the captured model.
         output_spec: how the user's model structured its outputs.
+        layers: how many layers the captured model has, once `skipstone.ir.stream.note_layers` has counted them.
         cache_refusal: why this program can have no KV cache, where the capture knows it already.
         calibration: statistics of real data that passes may ask for, by name; see `skipstone.ir.statistics`.
         history: what has been done to the program, in order.
@@ -120,6 +122,7 @@ class Program:
     outputs: tuple[Port, ...]
     source: Source
     output_spec: TreeSpec | None = None
+    layers: int | None = None
     cache_refusal: Unsupported | None = None
     calibration: dict[str, Tensor] = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
@@ -275,7 +278,7 @@ class Program:
 
 
 INHERITED = ("layer", "heads")
-"""Metadata of an attention that stays with what replaces it: its layer in the original model, and its heads."""
+"""Metadata of a node that stays with what replaces it: its layer in the original model; its heads, of an attention."""
 
 
 def module_path(node: fx.Node) -> str:

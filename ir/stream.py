@@ -18,7 +18,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS
+from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, GATE
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
 
@@ -146,7 +146,9 @@ class _Finder:
         for node in program.nodes():
             if isinstance(node.meta.get("val"), torch.SymInt | int | float):
                 continue
-            for operand in node.all_input_nodes:
+            # What a gate skips is decided from earlier values of the stream, which do not pass through the gate.
+            passed = [node.args[0]] if node.target is GATE else node.all_input_nodes
+            for operand in passed:
                 if operand in self.graph:
                     self.graph.add_edge(operand, node)
         self.dominator = nx.immediate_dominators(self.graph, root)
@@ -297,15 +299,21 @@ class _Finder:
 
 
 def note_layers(program: Program) -> None:
-    """Note on every attention which layer of the model it belongs to, for passes that run after layers have gone."""
+    """Note on the nodes of every sublayer which layer they belong to, for passes that run after layers have gone."""
     try:
         stream = find_stream(program)
     except Unsupported:  # then layers cannot be named in a plan
         return
+    program.layers = stream.layers
     for sublayer in stream.sublayers:
         for node in sublayer.nodes:
-            if node.target in ATTENTION_OPS:
-                node.meta["layer"] = sublayer.layer
+            node.meta["layer"] = sublayer.layer
+
+
+def original_layer(sublayer: Sublayer) -> int:
+    """The layer of the captured model that a sublayer came from: the noted one, or its own where none was noted."""
+    noted = (node.meta["layer"] for node in sublayer.nodes if "layer" in node.meta)
+    return next(noted, sublayer.layer)
 
 
 def _behind_casts(node: Any) -> Any:

@@ -8,7 +8,7 @@ it. The invariants:
 3. Ports and graph agree: one port a placeholder and output, equal names, and the types that roles require.
 4. Every cache slot is written exactly once a step, by the attention of that number, which alone reads it.
 5. No operator writes to its arguments.
-6. The branches of a condition take the same operands and return the same types.
+6. The branches of a condition take and return the same types; what a gate spares comes after its decision.
 7. Nothing is dead: every tensor and every call has a user.
 8. Every call says where it came from: a module path, a stack trace, or the pass that made it.
 """
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from skipstone.ir.dialect import CACHED_OPS, cache_operands
+from skipstone.ir.dialect import CACHED_OPS, GATE, cache_operands
 from skipstone.ir.errors import Malformed
+from skipstone.ir.gates import spared
 from skipstone.ir.printer import excerpt, type_text
 from skipstone.ir.program import Port, Program, Role, fake_value
 
@@ -49,6 +50,7 @@ REQUIRED: dict[Role, tuple[int | None, tuple[torch.dtype, ...]]] = {
     Role.START: (1, INT64),
     Role.LOGIT_ROWS: (2, INT64),
     Role.COUNT: (1, INT64),
+    Role.DECODE_START: (1, INT64),
     Role.CACHE_KEY: (4, CODES),
     Role.CACHE_VALUE: (4, CODES),
     Role.LOGITS: (None, FLOATS),
@@ -203,7 +205,7 @@ def _functional(program: Program) -> Iterator[Violation]:
 
 
 def _branches_agree(program: Program) -> Iterator[Violation]:
-    """The branches of a condition take the same operands and return the same types."""
+    """The branches of a condition take and return the same types; what a gate spares comes after its decision."""
     for node in program.nodes(COND):
         branches: tuple[Any, ...] = node.args[1:3]
         operands: Any = node.args[3]
@@ -224,6 +226,13 @@ def _branches_agree(program: Program) -> Iterator[Violation]:
             yield node, f"branches return {type_text(results[0])} and {type_text(results[1])}: {difference} differs"
         elif "val" not in node.meta or (difference := _difference(node.meta["val"], results[0])):
             yield node, f"recorded as {type_text(node.meta.get('val'))}, branches return {type_text(results[0])}"
+    for node in program.nodes(GATE):
+        decision: Any = node.args[1]
+        first = next(iter(spared(node)), None)
+        if first is None:
+            yield node, "is a gate that spares nothing"
+        elif not first > decision:
+            yield first, f"is spared by {node.name}, but stands before {decision.name}, which decides about it"
 
 
 def _nothing_dead(program: Program) -> Iterator[Violation]:

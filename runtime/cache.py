@@ -16,7 +16,7 @@ from torch import Tensor
 from skipstone.ir.errors import ArtifactError, InvalidInput
 from skipstone.ir.quantized import CacheFormat, CachePart
 
-FORMAT = "skipstone.cache/1"
+FORMAT = "skipstone.cache/2"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class KVCache:
         buffers: by name, [B, KH, rows, width], contiguous.
         lengths: int64 [B], valid rows of each sequence.
         capacity: rows C that each sequence has room for.
+        decode_start: int64 [B], rows of each sequence that are its prompt: 0 until one is read. Tokens behind it are
+            decoded, whether one or several at a time.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class KVCache:
         self.buffers = buffers
         self.lengths = lengths
         self.capacity = capacity
+        self.decode_start = torch.zeros_like(lengths)
         # The most rows that each sequence ever had: rings of recent rows hold those before it, even after a crop.
         self._reached = lengths.clone()
 
@@ -125,6 +128,8 @@ class KVCache:
     def crop(self, lengths: Tensor | int) -> None:
         """Forget the rows from `lengths` (one number, or integers [B]) on. The buffers stay as they are.
 
+        A prompt that is cut ends there: what follows is decoded.
+
         Raises:
             InvalidInput: a length is negative or beyond what the cache holds, their number is not the batch, or rows
                 that have to be in full precision after the crop are in the codes alone by now.
@@ -149,6 +154,7 @@ class KVCache:
                     hint="Crop by fewer tokens, or read the shorter prompt again.",
                 )
         self.lengths = wanted
+        self.decode_start = torch.minimum(self.decode_start, wanted)
         self._reached = torch.where(unused, wanted, self._reached)
 
     def select(self, index: Tensor | Sequence[int]) -> None:
@@ -164,6 +170,7 @@ class KVCache:
             raise InvalidInput(f"sequences {index.tolist()} of a cache with {self.batch}.")
         self.buffers = {name: old.index_select(0, index) for name, old in self.buffers.items()}
         self.lengths = self.lengths.index_select(0, index)
+        self.decode_start = self.decode_start.index_select(0, index)
         self._reached = self._reached.index_select(0, index)
 
     def reorder(self, index: Tensor | Sequence[int]) -> None:
@@ -198,7 +205,7 @@ class KVCache:
         tensors = {
             each.name: self.buffers[each.name][:, :, : each.part.rows(longest)].contiguous() for each in self.layout
         }
-        tensors |= {"lengths": self.lengths, "reached": self._reached}
+        tensors |= {"lengths": self.lengths, "reached": self._reached, "decode_start": self.decode_start}
         try:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
                 complete = Path(temporary) / path.name
@@ -231,9 +238,10 @@ class KVCache:
                 f"{os.fspath(path)} holds a cache of another program.",
                 hint="Load it into the model and plan that it was saved from.",
             )
-        lengths, reached = (tensors.pop(name, torch.empty(0)) for name in ("lengths", "reached"))
-        counts = lengths.dtype == reached.dtype == torch.int64 and lengths.shape == reached.shape and lengths.dim() == 1
-        if not counts or len(lengths) == 0 or int(lengths.min()) < 0 or bool((reached < lengths).any()):
+        counted = [tensors.pop(name, torch.empty(0)) for name in ("decode_start", "lengths", "reached")]
+        decode_start, lengths, reached = counted
+        counts = all(each.dtype == torch.int64 and each.shape == (len(lengths),) for each in counted)
+        if not counts or len(lengths) == 0 or int(torch.stack(counted).min()) < 0 or bool((reached < lengths).any()):
             raise ArtifactError(f"{os.fspath(path)} is damaged: its lengths are not those of a cache.")
         cache = cls.allocate(layout, len(lengths), max(1, int(lengths.max())), device)
         expected, found = (
@@ -241,7 +249,7 @@ class KVCache:
         )
         if found != expected:
             raise ArtifactError(f"{os.fspath(path)} is damaged: its tensors are not those of a cache.")
-        cache.buffers, cache.lengths, cache._reached = tensors, lengths, reached
+        cache.buffers, cache.lengths, cache._reached, cache.decode_start = tensors, lengths, reached, decode_start
         return cache
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from skipstone.ir.dialect import GATE
+from skipstone.ir.gates import spared
 from skipstone.ir.program import Program, Role
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.session import cache_layout, check_cache, step_inputs, written_buffers
@@ -19,21 +22,41 @@ class EagerSession:
         self.program = program
         self.layout = cache_layout(program)
         self._written = written_buffers(program)
+        has_gates = any(True for _ in program.nodes(GATE))
+        self._execute = _Gated(program).run if has_gates else program.module
 
     @torch.no_grad()
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Session.run`."""
-        return self.program.run(**values)
+        results = self._execute(*(values[port.name] for port in self.program.inputs))
+        return {port.name: value for port, value in zip(self.program.outputs, results, strict=True)}
 
     @torch.no_grad()
     def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
         """See `Session.step`."""
         check_cache(self.layout, tokens, cache)
         values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
-        outputs = self.program.run(**values, **cache.buffers)
+        outputs = self.run(values | cache.buffers)
         for (
             name,
             buffer,
         ) in self._written.items():  # the graph is functional: new buffers take the place of the old ones
             cache.buffers[buffer] = outputs[name]
         return next(outputs[port.name] for port in self.program.outputs if port.role == Role.LOGITS)
+
+
+class _Gated(fx.Interpreter):
+    """Runs a program without what its gates spare: where every row skips, the gate's value is zeros."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self.extra_traceback = False
+        self.gate_of = {node: gate for gate in program.nodes(GATE) for node in (*spared(gate), gate)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        gate = self.gate_of.get(n)
+        skip: Any = None if gate is None else self.env[gate.args[1]]  # type: ignore[index]
+        if skip is None or not bool(skip.all()):
+            return super().run_node(n)
+        value = n.meta["val"]
+        return skip.new_zeros((*skip.shape, value.shape[-1]), dtype=value.dtype) if n is gate else None

@@ -292,6 +292,7 @@ class TokenModel(Executable):
         tokens, layout = self.prepare(input_ids, attention_mask)
         self._check_not_empty(layout)
         cache = self.new_cache(*tokens.shape)
+        cache.decode_start = layout.counts
         logits = self.advance(tokens, layout, (layout.counts - 1).unsqueeze(1), cache=cache)
         return logits[:, 0], cache
 
@@ -388,7 +389,7 @@ class TokenModel(Executable):
             layout: where they came from.
             rows: int64 [B, R], the rows whose logits are wanted.
             positions: int64 [B, S], right-padded; by default they continue the sequence.
-            cache: advanced by the valid tokens of each row; None runs the sequence on its own.
+            cache: advanced by the valid tokens of each row; None runs the sequence on its own, all of it as a prompt.
             extra: further inputs of an uncached program, by port name.
         Returns:
             logits [B, R, V].
@@ -411,6 +412,7 @@ class TokenModel(Executable):
             return self._recompute(tokens, positions, rows, extra or {})
         if cache is None:
             cache = self.new_cache(batch, width, spare=0)
+            cache.decode_start = layout.counts
         self.reserve(cache, int(start.max()) + width)
         # A copy: the session's next step may overwrite its buffer.
         logits = self.session.step(tokens, positions, layout.counts, rows, cache).clone()

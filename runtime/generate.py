@@ -37,6 +37,8 @@ class GenerationCache:
     Attributes:
         kv: the cache; None until the first forward pass, which is when the batch is known.
         columns: columns of the caller's batch that have been read.
+        prompt: number of tokens that `generate` was called with, int64 [B] or the same for all rows, until the next
+            forward pass takes note of it. Without it, the prompt is what is read first.
     """
 
     is_compileable = False
@@ -45,6 +47,7 @@ class GenerationCache:
     def __init__(self) -> None:
         self.kv: KVCache | None = None
         self.columns = 0
+        self.prompt: Tensor | int | None = None
 
     @property
     def is_initialized(self) -> bool:
@@ -176,6 +179,10 @@ class CausalLM(TokenModel, GenerationMixin):
             self._check_not_empty(layout)
         elif cache.kv is None:
             cache.kv = self.new_cache(*tokens.shape)
+            cache.kv.decode_start = layout.counts
+        if cache is not None and cache.kv is not None and cache.prompt is not None:
+            cache.kv.decode_start = torch.zeros_like(cache.kv.lengths) + cache.prompt
+            cache.prompt = None
         if position_ids is not None:
             position_ids = layout.to_front(self._check_positions(position_ids, tokens))
         rows = layout.rows(min(logits_to_keep, layout.width) or layout.width)
@@ -241,15 +248,16 @@ class CausalLM(TokenModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Called by transformers once lengths are settled: check them, and put our cache into `model_kwargs`."""
-        cache = model_kwargs.get("past_key_values")
+        cache, mask = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask"))
+        width = (model_kwargs["position_ids"] if mask is None else mask).shape[1]
         if cache is not None:
             self._check_cache(cache)
             cache._is_user_defined = True  # transformers' mark
+            # A mask of ones was dropped; its width, that of the past included, was noted down.
+            cache.prompt = getattr(generation_config, "_mask_length", width) if mask is None else mask.sum(dim=1)
             return
-        mask = model_kwargs.get("attention_mask")
-        width = (model_kwargs["position_ids"] if mask is None else mask).shape[1]
-        prompt = width if mask is None else int(mask.sum(dim=1).max())
-        self.check_length(prompt + generation_config.max_length - width)
+        prompt = width if mask is None else mask.sum(dim=1)
+        self.check_length(int(torch.as_tensor(prompt).max()) + generation_config.max_length - width)
         if generation_config.cache_implementation is not None:
             hint = "Leave it out: the plan decides the format of the cache."
             raise InvalidInput(f"cache_implementation={generation_config.cache_implementation!r}.", hint=hint)
@@ -257,6 +265,7 @@ class CausalLM(TokenModel, GenerationMixin):
             generation_config.use_cache = False
         elif generation_config.use_cache:
             model_kwargs["past_key_values"] = GenerationCache()
+            model_kwargs["past_key_values"].prompt = prompt
 
     def _sample(
         self,
@@ -363,6 +372,7 @@ def generate_tokens(
     tokens, layout = model.prepare(input_ids, attention_mask)
     batch, width = tokens.shape
     cache = model.new_cache(batch, width)
+    cache.decode_start = layout.counts
     last = (layout.counts - 1).unsqueeze(1)
     position = layout.counts.unsqueeze(1) + model.program.source.first_position
     if positions is not None:

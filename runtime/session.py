@@ -85,6 +85,7 @@ def step_inputs(
         Role.POSITIONS: positions,
         Role.START: cache.lengths,
         Role.COUNT: count,
+        Role.DECODE_START: cache.decode_start,
         Role.LOGIT_ROWS: logit_rows,
     }
     return {port.name: by_role[port.role] for port in program.inputs if port.role in by_role}
