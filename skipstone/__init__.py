@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skipstone.optimize import optimize as optimize
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
     from skipstone.passes.quantize_kv import QuantizeKV as QuantizeKV
+    from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive as SkipFFNAdaptive
     from skipstone.passes.skip_sublayers import SkipSublayers as SkipSublayers
     from skipstone.plan import Plan as Plan
     from skipstone.report import Report as Report
@@ -29,6 +30,7 @@ _HOME = {
     "Plan": "skipstone.plan",
     "QuantizeKV": "skipstone.passes.quantize_kv",
     "Report": "skipstone.report",
+    "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
     "optimize": "skipstone.optimize",
     "tokenize": "skipstone.calibrate",

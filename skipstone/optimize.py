@@ -30,10 +30,14 @@ from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.plan import Plan
 from skipstone.report import Conversion, Footprint, Report, Stage
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.session import Session
+
+BEHIND_CACHE = (SkipFFNAdaptive, QuantizeKV)
+"""Entries of a plan that work on programs with a cache."""
 
 Target = Literal["auto", "eager", "onnxruntime"]
 
@@ -82,6 +86,9 @@ def optimize(
     if max_length is not None and max_length < 1:
         raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
     target = _resolve(target, model)
+    for entry in plan:
+        if isinstance(entry, SkipFFNAdaptive):
+            entry.validate()
     _check_quantization(plan, target, calibration is not None)
     stages = _Stages(progress)
     with stages("capture"):
@@ -148,7 +155,8 @@ def rewrite(
     note_layers(program)
     before: list[Pass] = [CastToFloat32()] if target == "onnxruntime" and _is_half(program) else []
     quantize = _quantization(plan)
-    program = Pipeline([*before, Cleanup(), *(entry for entry in plan if entry is not quantize)], strict).run(program)
+    first = [entry for entry in plan if not isinstance(entry, BEHIND_CACHE)]
+    program = Pipeline([*before, Cleanup(), *first], strict).run(program)
     program.calibration = dict(plan.tensors)
     if quantize is not None:
         program = prepare_quantization(program, quantize, batches, strict, progress)
@@ -161,8 +169,9 @@ def rewrite(
             remark = Remark(InsertKVCache.name, Status.REFUSED, reason.where, str(reason))
             count = sum(1 for _ in program.nodes())
             program.history.append(Record(InsertKVCache.name, (remark,), count, count, 0.0, readable(program)))
-    if quantize is not None:
-        program = run_pass(quantize, program, strict)
+    for entry in plan:
+        if isinstance(entry, BEHIND_CACHE):
+            program = run_pass(entry, program, strict)
     return run_pass(Cleanup(), program, strict), refusal
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.base import Pass
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
 
 FORMAT = "skipstone.plan"
@@ -34,7 +35,7 @@ VERSION = 1
 TENSORS = ".safetensors"
 
 # Every pass that may stand in a plan, in the order in which they run.
-ENTRIES: tuple[type[Pass], ...] = (SkipSublayers, QuantizeKV)
+ENTRIES: tuple[type[Pass], ...] = (SkipSublayers, SkipFFNAdaptive, QuantizeKV)
 
 
 @dataclass(frozen=True)

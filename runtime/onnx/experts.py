@@ -20,7 +20,7 @@ from torch import Tensor
 from skipstone.ir.dialect import Activation, Layout
 from skipstone.runtime.onnx.tape import BranchTape
 
-_DOMAIN = "skipstone"
+_DOMAIN, _OPERATOR = "skipstone", "Experts"
 _MICROSOFT = "com.microsoft"
 
 
@@ -44,7 +44,7 @@ def symbol(
     sizes = {"experts": up.shape[0], "choices": index.shape[1], "width": x.shape[1]}
     gate: dict[str, Any] = {"activation": activation, "layout": layout, "alpha": alpha, "limit": limit, "shift": shift}
     return torch.onnx.ops.symbolic(
-        f"{_DOMAIN}::Experts",
+        f"{_DOMAIN}::{_OPERATOR}",
         (x, index, weights, up, down, up_bias, down_bias),
         {**sizes, **gate, "transposed": int(transposed)},
         dtype=x.dtype,
@@ -56,7 +56,7 @@ def symbol(
 def expand(model: ir.Model) -> None:
     """Replace every `symbol` in a model by operators that ONNX Runtime has."""
     graph = model.graph
-    for node in [node for node in graph if node.domain == _DOMAIN]:
+    for node in [node for node in graph if (node.domain, node.op_type) == (_DOMAIN, _OPERATOR)]:
         stacks = node.inputs[3:5]
         _Expansion(graph, node).run()
         for stack in stacks:

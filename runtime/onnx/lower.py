@@ -28,7 +28,9 @@ from skipstone.ir.dialect import (
     ATTENTION,
     CACHED_ATTENTION,
     EXPERTS,
+    GATE,
     QUANTIZED_CACHED_ATTENTION,
+    SKIP_PREDICATE,
     Kind,
     attention_reference,
     cached_attention_reference,
@@ -36,8 +38,9 @@ from skipstone.ir.dialect import (
 )
 from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
 from skipstone.ir.formats import parse
+from skipstone.ir.gates import cosine, decoding
 from skipstone.ir.program import Program, module_path
-from skipstone.runtime.onnx import attention, experts
+from skipstone.runtime.onnx import attention, experts, gates
 from skipstone.runtime.onnx.layouts import cancel_moves
 from skipstone.runtime.onnx.operators import gather_operators, rotary
 from skipstone.runtime.onnx.quantized import MICROSOFT, quantization, refuse_attentions
@@ -94,6 +97,7 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
     _name_ports(model, program)
     tensors = _externalize(model, program)
     _keep_places_only(model)
+    gates.expand(model)  # last: nothing else looks into branches
     proto = ir.to_proto(model).SerializeToString()
     if directory is not None:
         _save(proto, tensors, directory)
@@ -118,6 +122,7 @@ class _OnnxForms(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.lengths: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
         self.halves: dict[Tensor, Tensor] = {}
+        self.decoding: dict[tuple[Any, ...], Tensor] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         match target:
@@ -135,7 +140,29 @@ class _OnnxForms(fx.Interpreter):
                 return self._rotary_embedding(*args)
             case _ if target == EXPERTS:
                 return experts.symbol(*args, **kwargs)
+            case _ if target == SKIP_PREDICATE:
+                return self._skip_predicate(*args, **kwargs)
+            case _ if target == GATE:
+                return gates.symbol(*args)
         return super().call_function(target, args, kwargs)
+
+    def _skip_predicate(
+        self,
+        before: Tensor,
+        after: Tensor,
+        start: Tensor,
+        decode_start: Tensor,
+        met: Tensor | None = None,
+        *,
+        threshold: float,
+        warmup_tokens: int,
+    ) -> Tensor:
+        """`skip_predicate`; which tokens are decoded is found out once for all sublayers."""
+        key = (start, decode_start, warmup_tokens)
+        if key not in self.decoding:
+            self.decoding[key] = decoding(before.shape[1], *key)
+        reached = self.decoding[key] & (cosine(before, after) >= threshold)
+        return reached if met is None else met | reached
 
     def _rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`rotary` on rows [B, S, N * D], which is how a projection leaves them; its own layout would be transposed."""
