@@ -1,0 +1,104 @@
+"""What leaving out sublayers costs in quality, as one number: how far the logits are from the full program's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import cross_entropy
+
+from skipstone.calibrate import Batch
+from skipstone.ir.errors import InvalidInput, Unsupported
+from skipstone.ir.program import Program, Role
+from skipstone.runtime.executable import is_causal_lm
+
+Metric = Callable[[Tensor, Batch], float]
+"""The mean over a batch's valid tokens of something that should be low, from the logits [B, S, vocabulary]."""
+
+Choice = Literal["kl", "nll"] | Metric
+
+Objective = Callable[[Iterable[Tensor]], float]
+"""The loss of quality of a program from its logits of each batch; 0 for the full program, infinite for NaN."""
+
+
+def check_objective(choice: Choice, program: Program, batches: Sequence[Batch]) -> fx.Node:
+    """Refuse an objective that a program or the data does not have; the node of the logits.
+
+    Raises:
+        InvalidInput: an unknown objective, or data without a token that counts.
+        Unsupported: the program has no logits, or no next tokens.
+    """
+    if choice not in ("kl", "nll") and not callable(choice):
+        raise InvalidInput(f"unknown objective {choice!r}.", hint="Use 'kl', 'nll' or a function of logits and batch.")
+    logits = program.output(Role.LOGITS)
+    if logits is None:
+        raise Unsupported("choosing what to leave out by the logits of a model that has none")
+    if choice == "nll" and not is_causal_lm(program):
+        raise Unsupported("the likelihood of next tokens under a model that sees them", hint="Use objective='kl'.")
+    if sum(int(_counted(choice, batch).sum()) for batch in batches) == 0:
+        raise InvalidInput("the calibration data holds no token that counts.")
+    return logits
+
+
+def make_objective(choice: Choice, batches: Sequence[Batch], full: Iterable[Tensor]) -> Objective:
+    """An objective over batches.
+
+    ``"kl"`` is the mean over valid tokens of KL(full || skipped), in nats, ``"nll"`` the rise of the mean negative
+    log-likelihood of next tokens, in nats; a function is a rise likewise, its values weighted by valid tokens. For
+    ``"kl"`` the full program's log-probabilities are kept: ``tokens * vocabulary`` floats.
+
+    Args:
+        full: logits [B, S, vocabulary] of the full program for each batch, floating.
+    Raises:
+        InvalidInput: of the full program it is NaN or infinite.
+    """
+    counts = [int(_counted(choice, batch).sum()) for batch in batches]
+
+    def mean(values: Iterable[float]) -> float:
+        found = sum(value * count for value, count in zip(values, counts, strict=True) if count) / sum(counts)
+        return math.inf if math.isnan(found) else found
+
+    if choice == "kl":
+        reference = [_log_probabilities(logits, batch.valid) for logits, batch in zip(full, batches, strict=True)]
+        if not all(bool(torch.isfinite(each.exp()).all()) for each in reference):
+            raise InvalidInput("the calibration data leads to NaN logits.")
+
+        def divergence(logits: Iterable[Tensor]) -> float:
+            parts = zip(reference, logits, batches, strict=True)
+            return mean(_kl(known, _log_probabilities(each, batch.valid)) for known, each, batch in parts)
+
+        return divergence
+    metric = _nll if choice == "nll" else choice
+    base = mean(metric(each, batch) for each, batch in zip(full, batches, strict=True))
+    if not math.isfinite(base):
+        raise InvalidInput(f"the objective of the full model is {base}.")
+    return lambda logits: mean(metric(each, batch) for each, batch in zip(logits, batches, strict=True)) - base
+
+
+def _counted(choice: Choice, batch: Batch) -> Tensor:
+    """bool [B, S] or, where next tokens are predicted, [B, S - 1]: the tokens that the mean is over."""
+    return batch.valid[:, 1:] if choice == "nll" else batch.valid
+
+
+def _log_probabilities(logits: Tensor, valid: Tensor) -> Tensor:
+    """[valid tokens, vocabulary], float32 or better."""
+    chosen = logits[valid.to(logits.device)]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
+
+
+def _kl(reference: Tensor, other: Tensor) -> float:
+    """Mean over rows of KL(reference || other), nats; what has no probability in the reference adds nothing."""
+    terms = torch.where(reference.isneginf(), 0, reference.exp() * (reference - other))
+    return float(terms.sum(-1, dtype=torch.float64).mean())
+
+
+def _nll(logits: Tensor, batch: Batch) -> float:
+    """Mean negative log-likelihood of the valid next tokens, nats."""
+    chosen = batch.valid[:, 1:].to(logits.device)
+    targets = batch.tokens[:, 1:].to(logits.device)[chosen]
+    predicted = logits[:, :-1][chosen]
+    loss = cross_entropy(predicted.to(torch.promote_types(predicted.dtype, torch.float32)), targets, reduction="none")
+    return float(loss.mean(dtype=torch.float64))
