@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipstone import errors as errors
+    from skipstone.budget import Budget as Budget
+    from skipstone.budget import Certificate as Certificate
     from skipstone.calibrate import tokenize as tokenize
     from skipstone.optimize import optimize as optimize
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Budget": "skipstone.budget",
+    "Certificate": "skipstone.budget",
     "Executable": "skipstone.runtime.executable",
     "FormatChoice": "skipstone.passes.quantize_kv",
     "Plan": "skipstone.plan",

@@ -48,7 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     optimize.add_argument(
         "--kv", type=_kv_format, metavar="FORMAT", help="format of keys and values: int8, int4, fp8:token, ..."
     )
-    optimize.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate static scales on")
+    optimize.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate, choose and prove on")
+    optimize.add_argument(
+        "--budget", type=_limit, metavar="nll=0.01", help="what the plan may cost: nll (relative), kl or top1"
+    )
     optimize.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, with what was calibrated")
     optimize.add_argument("--target", default="auto", help="auto, onnxruntime or eager (default: auto)")
     optimize.add_argument("--threads", type=_positive, metavar="N")
@@ -114,6 +117,7 @@ def describe(model: Any) -> str:
 
 
 def _optimize(arguments: argparse.Namespace) -> None:
+    from skipstone.budget import Budget
     from skipstone.optimize import optimize
     from skipstone.runtime.generate import CausalLM
 
@@ -131,7 +135,14 @@ def _optimize(arguments: argparse.Namespace) -> None:
         tokens = tokenizer(arguments.prompt, return_tensors="pt").input_ids
         if tokens.numel() == 0:
             raise UserError("The prompt is empty.", hint="Give at least one token after --prompt.")
-    executable = optimize(model, plan, calibration=calibration, target=arguments.target, threads=arguments.threads)
+    executable = optimize(
+        model,
+        plan,
+        calibration=calibration,
+        budget=arguments.budget and Budget(**dict([arguments.budget])),
+        target=arguments.target,
+        threads=arguments.threads,
+    )
     if arguments.save_plan is not None:
         executable.plan.save(arguments.save_plan)
     if arguments.measure:
@@ -249,6 +260,16 @@ def _indices(text: str) -> tuple[int, ...]:
 def _kv_format(text: str) -> tuple[str, str]:
     name, _, granularity = text.partition(":")
     return name, granularity or "channel"
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, limit = text.partition("=")
+    try:
+        if name in ("nll", "kl", "top1"):
+            return name, float(limit)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected nll=0.01, kl=0.02 or top1=0.98, not {text!r}")
 
 
 def _positive(text: str) -> int:

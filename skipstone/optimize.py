@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from skipstone.budget import Budget, check_data, hold_out
 from skipstone.calibrate import Batch, CalibrationData, estimate_errors, measure, token_batches
+from skipstone.certify import candidates, refuse_model, within
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.cost import cost, evaluate, example_sizes, token_bytes
@@ -48,6 +50,7 @@ def optimize(
     *,
     target: Target = "auto",
     calibration: CalibrationData | None = None,
+    budget: Budget | None = None,
     example_inputs: Mapping[str, Tensor] | None = None,
     dynamic_shapes: Mapping[str, Sequence[int]] | None = None,
     max_length: int | None = None,
@@ -64,6 +67,8 @@ def optimize(
         calibration: token batches that static scales and the conditioning of keys and values are measured on: integer
             tensors [B, S], or mappings with `input_ids` and `attention_mask`. A plan that was calibrated before brings
             its own numbers. Texts become token batches with `skipstone.tokenize`.
+        budget: what the plan may cost, proved on data that it was not chosen on. Without a plan, the sublayers to skip
+            are searched for. Where nothing is proved to keep it, or nothing gets faster, the model is unchanged.
         target: ``"onnxruntime"`` (what ``"auto"`` takes on a CPU) or ``"eager"``, the reference interpreter.
         example_inputs: named example tensors; needed unless the model is a Hugging Face model over tokens.
         dynamic_shapes: for plain modules, the dynamic axes of each input (default: the first two).
@@ -90,9 +95,11 @@ def optimize(
         if isinstance(entry, SkipFFNAdaptive):
             entry.validate()
     _check_quantization(plan, target, calibration is not None)
+    _check_budget(budget, plan, calibration)
     stages = _Stages(progress)
     with stages("capture"):
         captured = _capture(model, example_inputs, dynamic_shapes)
+        batches = [] if calibration is None else token_batches(calibration, captured.source)
     if plan.model not in (None, captured.source.fingerprint):
         stages.close()
         raise InvalidPlan(
@@ -100,36 +107,62 @@ def optimize(
             f"{captured.source.fingerprint[:12]}...).",
             hint="Make a plan for this model, or set its 'model' to null if the layers mean the same.",
         )
-    with stages("rewrite"):
-        batches = [] if calibration is None else token_batches(calibration, captured.source)
-        options = {"target": target, "cache": cache, "strict": strict, "batches": batches, "progress": progress}
-        program, refusal = rewrite(captured, plan, **options)  # type: ignore[arg-type]
-    with stages("lower"):
-        session = _lower(program, target, threads)
+
+    def build(plan: Plan, batches: Sequence[Batch] = batches) -> Executable:
+        with stages("rewrite"):
+            options = {"target": target, "cache": cache, "strict": strict, "batches": batches, "progress": progress}
+            program, refusal = rewrite(captured, plan, **options)  # type: ignore[arg-type]
+        with stages("lower"):
+            session = _lower(program, target, threads)
+        report = Report(
+            model=captured.source.name,
+            target=target,
+            threads=threads,
+            remarks=tuple(remark for record in program.history for remark in record.remarks),
+            before=footprint(captured),
+            after=footprint(program),
+            stages=tuple(stages.done),
+            conversions=conversions(captured, program),
+            cache=_cache_line(program, refusal, cache),
+        )
+        return Executable(
+            session,
+            config=getattr(model, "config", None),
+            generation_config=getattr(model, "generation_config", None),
+            report=report,
+            plan=replace(plan, model=captured.source.fingerprint, tensors=program.calibration),
+            target=target,
+            threads=threads,
+            max_length=max_length,
+            cache_refusal=refusal,
+            output_adapter=_model_output if isinstance(model, PreTrainedModel) else None,
+        )
+
+    executable = build(plan) if budget is None else _build_within(budget, build, captured, plan, batches, stages)
     stages.close()
-    report = Report(
-        model=captured.source.name,
-        target=target,
-        threads=threads,
-        remarks=tuple(remark for record in program.history for remark in record.remarks),
-        before=footprint(captured),
-        after=footprint(program),
-        stages=tuple(stages.done),
-        conversions=conversions(captured, program),
-        cache=_cache_line(program, refusal, cache),
-    )
-    return Executable(
-        session,
-        config=getattr(model, "config", None),
-        generation_config=getattr(model, "generation_config", None),
-        report=report,
-        plan=replace(plan, model=captured.source.fingerprint, tensors=program.calibration),
-        target=target,
-        threads=threads,
-        max_length=max_length,
-        cache_refusal=refusal,
-        output_adapter=_model_output if isinstance(model, PreTrainedModel) else None,
-    )
+    return executable
+
+
+def _build_within(
+    budget: Budget,
+    build: Callable[[Plan, Sequence[Batch]], Executable],
+    captured: Program,
+    plan: Plan,
+    batches: Sequence[Batch],
+    stages: _Stages,
+) -> Executable:
+    """The executable of the plan, or without one of what a search finds, if it is proved to keep the budget."""
+    refuse_model(captured)
+    chosen_on, proved_on = hold_out(batches)
+    if budget.validation is not None:
+        chosen_on, proved_on = list(batches), token_batches(budget.validation, captured.source)
+    check_data(chosen_on, proved_on)
+    if len(plan):
+        plans = [plan]
+    else:
+        with stages("search"):
+            plans = candidates(captured, budget, chosen_on, stages.progress)
+    return within(lambda each: build(each, chosen_on), plans, budget, proved_on, stages.progress)
 
 
 def _model_output(outputs: dict[str, Tensor]) -> ModelOutput:
@@ -218,6 +251,21 @@ def _check_quantization(plan: Plan, target: str, calibrated: bool) -> None:
             f"quantize_kv: {static[0]} has scales that are calibrated beforehand, and there is no calibration data.",
             hint="Pass calibration=, a list of token batches, or take granularity='token'.",
         )
+
+
+def _check_budget(budget: Budget | None, plan: Plan, calibration: CalibrationData | None) -> None:
+    """Refuse a budget without the data that it needs, before any work begins."""
+    if budget is None:
+        return
+    if not isinstance(budget, Budget):
+        raise UserError(
+            f"budget is {type(budget).__name__}, expected skipstone.Budget.", hint="Write Budget(nll=0.01)."
+        )
+    hint = "Pass calibration=, a list of token batches: the last of them are held out for the proof."
+    if calibration is None and not len(plan):
+        raise InvalidInput("there is no data to choose sublayers on.", hint=hint)
+    if calibration is None and budget.validation is None:
+        raise InvalidInput("there is no data to prove the budget on.", hint=hint)
 
 
 def footprint(program: Program) -> Footprint:
@@ -310,11 +358,10 @@ def _cache_line(program: Program, refusal: Unsupported | None, asked: bool) -> s
 class _Stages:
     """Times the stages of one call, and shows them as a progress bar."""
 
-    TOTAL = 3
-
     def __init__(self, progress: bool) -> None:
+        self.progress = progress
         self.done: list[Stage] = []
-        self.bar = tqdm(total=self.TOTAL, disable=not progress, bar_format="skipstone {desc:<10}{bar}{n}/{total}")
+        self.bar = tqdm(disable=not progress, bar_format="skipstone {desc:<10}{n} done, {elapsed}")
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

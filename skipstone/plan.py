@@ -24,6 +24,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from skipstone.budget import Certificate
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.base import Pass
 from skipstone.passes.quantize_kv import QuantizeKV
@@ -46,6 +47,7 @@ class Plan:
         entries: configurations of passes, each pass at most once, in the order of `ENTRIES`.
         model: fingerprint (`Source.fingerprint`) of the model that the plan was made for, if it is for one alone.
         tensors: what was calibrated for it, by name; with it, the plan is carried out again without data.
+        certificates: what these entries were proved to cost.
     Raises:
         InvalidPlan: an entry is no pass, stands in the wrong place, or has a field of the wrong type.
     """
@@ -53,6 +55,7 @@ class Plan:
     entries: Sequence[Pass] = ()
     model: str | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    certificates: Sequence[Certificate] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.entries, Pass) or not isinstance(self.entries, Sequence):
@@ -75,8 +78,12 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, in the form of its file."""
         entries = [{"pass": entry.name, "version": entry.version, **_plain_fields(entry)} for entry in self.entries]
-        plan = {"format": FORMAT, "version": VERSION, "model": self.model, "entries": entries}
-        return plan | ({"tensors": hashlib.sha256(self._tensor_bytes()).hexdigest()} if self.tensors else {})
+        plan: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": self.model, "entries": entries}
+        if self.tensors:
+            plan["tensors"] = hashlib.sha256(self._tensor_bytes()).hexdigest()
+        if self.certificates:
+            plan["certified"] = {"plan": _digest(plan), "certificates": _plain(tuple(self.certificates))}
+        return plan
 
     def _tensor_bytes(self) -> bytes:
         return safetensors.torch.save(dict(self.tensors))
@@ -106,11 +113,12 @@ class Plan:
             raise InvalidPlan(f"{origin} is not a plan: its format is {data.get('format')!r}, expected {FORMAT!r}.")
         _check_version(data.get("version"), VERSION, origin)
         for key in data:
-            _check_known(key, ("format", "version", "model", "entries", "tensors"), f"{origin}: key")
+            _check_known(key, ("format", "version", "model", "entries", "tensors", "certified"), f"{origin}: key")
         if not isinstance(data.get("entries"), list):
             raise InvalidPlan(f"{origin}: 'entries' must be a list.")
         entries = [_entry(each, f"{origin}: entry {number}") for number, each in enumerate(data["entries"])]
-        return cls(entries, data.get("model"), _read_tensors(data.get("tensors"), tensors, origin))
+        known = _read_tensors(data.get("tensors"), tensors, origin)
+        return cls(entries, data.get("model"), known, _read_certificates(data, origin))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a file, whole or not at all; its tensors go to a safetensors file of the same name.
@@ -162,6 +170,32 @@ def _read_tensors(digest: Any, content: bytes | None, origin: str) -> dict[str, 
         return safetensors.torch.load(content)
     except SafetensorError as error:
         raise InvalidPlan(f"{origin}: its {TENSORS} file is damaged: {error}.") from error
+
+
+def _read_certificates(data: Mapping[str, Any], origin: str) -> tuple[Certificate, ...]:
+    """The certificates of a plan.
+
+    Raises:
+        InvalidPlan: they are no certificates, or of another plan.
+    """
+    certified = data.get("certified")
+    if certified is None:
+        return ()
+    if not isinstance(certified, dict) or set(certified) != {"plan", "certificates"}:
+        raise InvalidPlan(f"{origin}: 'certified' must hold 'plan' and 'certificates'.")
+    if certified["plan"] != _digest(data):
+        hint = "Remove 'certified', and prove the plan again with optimize(..., budget=...)."
+        raise InvalidPlan(f"{origin} has certificates of other entries, or for another model.", hint=hint)
+    certificates: tuple[Certificate, ...] = _conform(
+        certified["certificates"], tuple[Certificate, ...], f"{origin}: certificates"
+    )
+    return certificates
+
+
+def _digest(plan: Mapping[str, Any]) -> str:
+    """sha256 of what certificates are about: the model, the entries, and what was calibrated for them."""
+    about = {key: plan.get(key) for key in ("model", "entries", "tensors")}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -176,6 +176,7 @@ class Report:
         target: what the executable runs on.
         threads: threads it runs with; None leaves the choice to the target.
         cache: one line: how many slots the KV cache has, or why there is none.
+        budget: lines: what the plan was proved to cost, or why the model is unchanged.
         before, after: footprints of the captured and of the rewritten program.
         remarks: what the passes said, in order.
         conversions: weights whose dtype had to change.
@@ -187,6 +188,7 @@ class Report:
     target: str
     threads: int | None = None
     cache: str = ""
+    budget: Sequence[str] = ()
     before: Footprint | None = None
     after: Footprint | None = None
     remarks: Sequence[Remark] = ()
@@ -212,6 +214,7 @@ class Report:
             "target": self.target,
             "threads": self.threads,
             "cache": self.cache,
+            "budget": list(self.budget),
             "before": asdict(self.before) if self.before else None,
             "after": asdict(self.after) if self.after else None,
             "remarks": [asdict(remark) for remark in self.remarks],
@@ -236,6 +239,8 @@ class Report:
         )
         if self.cache:
             table.add_row("KV cache", self.cache)
+        for line in self.budget:
+            table.add_row("budget", line)
         for each in self.conversions:
             sizes = f"{format_bytes(each.bytes_before)} became {format_bytes(each.bytes_after)}"
             table.add_row("converted", f"{count(each.tensors, 'tensor')}, {each.source} to {each.target}: {sizes}")

@@ -96,7 +96,8 @@ def _logits(program: Program, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 def assert_sound(name: str) -> None:
     found = check(name)
     assert found.conditioned < 1e-4, found
-    assert found.stepwise < 2e-3, found  # float32: a product of one row may round a code another way
+    # A product of one row may round a code another way in float32: far less than rounding all of them.
+    assert found.stepwise <= found.error / 5, found
     assert found.routed or found.error < 0.1, found
     if name in ALL_REFUSED:
         assert ALL_REFUSED[name] in " ".join(found.refused), found

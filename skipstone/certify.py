@@ -1,0 +1,164 @@
+"""From a budget to an executable that keeps it, or to the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from skipstone.budget import Budget, Certificate, Comparison, compare, data_hash
+from skipstone.calibrate import Batch, program_inputs
+from skipstone.ir.errors import Unsupported
+from skipstone.ir.program import Program, Role
+from skipstone.ir.stream import note_layers
+from skipstone.plan import Plan
+from skipstone.report import measure
+from skipstone.runtime.executable import Executable, TokenModel, is_causal_lm
+from skipstone.search import search
+
+PROMPT, NEW_TOKENS, RUNS = 64, 16, 5
+"""How a plan's speed is checked: greedy tokens after a prompt, and how many runs the medians are over."""
+
+
+SHARES = (1.0, 0.7, 0.4)
+"""Plans are tried whose cost on the data that they were chosen on is within these shares of the limit."""
+
+UNLIMITED = 0.1
+"""How far a search goes where a budget limits neither NLL nor KL: divergence in nats a token."""
+
+
+def refuse_model(program: Program) -> None:
+    """Refuse what a budget cannot be proved for.
+
+    Raises:
+        Unsupported: the model is no causal language model.
+    """
+    if not is_causal_lm(program):
+        raise Unsupported(
+            f"a budget for {program.source.name}, which is no decoder that turns tokens into next-token logits",
+            hint="Measure its executables with and without the plan yourself.",
+        )
+
+
+def candidates(program: Program, budget: Budget, batches: Sequence[Batch], progress: bool = False) -> list[Plan]:
+    """Plans that skip sublayers and keep a budget on the data that they are chosen on; the first saves most.
+
+    Args:
+        program: as captured.
+        batches: calibration data.
+    """
+    note_layers(program)
+    objective: Literal["kl", "nll"] = "kl" if budget.nll is None else "nll"
+    limit = budget.limits.get(objective, UNLIMITED)
+    if objective == "nll":  # the budget's is relative, that of the search in nats
+        limit *= _mean_nll(program, batches)
+    found = search(program, batches, objective=objective, limit=limit, progress=progress)
+    counts = {
+        max((number for number, step in enumerate(found.steps, 1) if step.objective <= share * limit), default=0)
+        for share in SHARES
+    }
+    return [Plan([found.entry(count)]) for count in sorted(counts - {0}, reverse=True)]
+
+
+@torch.no_grad()
+def _mean_nll(program: Program, batches: Sequence[Batch]) -> float:
+    """Mean negative log-likelihood of the batches under a program without a cache, nats a token."""
+    node = [port.role for port in program.outputs].index(Role.LOGITS)
+    exact = [program.module(*program_inputs(program, batch))[node] for batch in batches]
+    seen = Comparison.concatenate(
+        [Comparison.of(each, each, batch) for each, batch in zip(exact, batches, strict=True)]
+    )
+    return float(seen.nll.sum() / seen.tokens.sum())
+
+
+def within(
+    build: Callable[[Plan], Executable],
+    plans: Sequence[Plan],
+    budget: Budget,
+    batches: Sequence[Batch],
+    progress: bool = False,
+) -> Executable:
+    """The executable of the first plan that is proved to keep the budget and is faster than the model as it is.
+
+    With several plans, each is tried at a confidence that makes all of them together as likely to pass by chance as one
+    alone (Bonferroni).
+
+    Args:
+        build: makes the executable of a plan.
+        plans: the one that saves most comes first.
+        batches: validation data that no plan was chosen on.
+    Returns:
+        the executable of a plan with its certificates, or that of the empty plan; `Report.budget` says which and why.
+    """
+    full = build(Plan([]))
+    assert isinstance(full, TokenModel)
+    said = [] if plans else ["no sublayer can be skipped within it"]
+    for plan in plans:
+        executable = build(plan)
+        certificates = certify(full, executable, budget, batches, len(plans), progress)
+        failed = [str(each) for each in certificates if not each.holds]
+        if not failed:
+            gain = speedup(full, executable, batches)
+            if gain > 1:
+                said += [str(each) for each in certificates]
+                executable.report.budget = (*said, f"a step is {gain:.2f} times as fast as the model's")
+                executable.plan = replace(executable.plan, certificates=certificates)
+                return executable
+            failed = [f"within the budget, but a step is {gain:.2f} times as fast as the model's"]
+        said += [f"{_name(plan)}: {reason}" for reason in failed]
+    full.report.budget = (*said, "nothing fits: the model is unchanged")
+    return full
+
+
+def certify(
+    full: TokenModel,
+    changed: Executable,
+    budget: Budget,
+    batches: Sequence[Batch],
+    attempts: int = 1,
+    progress: bool = False,
+) -> tuple[Certificate, ...]:
+    """What a plan costs, for every limit of a budget.
+
+    Args:
+        full, changed: executables of the empty plan and of the plan, on the same target.
+        batches: validation data.
+        attempts: how many plans are tried on this data; each gets its share of the error that the budget allows.
+    Raises:
+        InvalidInput: the data does not suffice for a bound.
+    """
+    certificates: list[Certificate] = []
+    if budget.limits:
+        assert isinstance(changed, TokenModel)
+        seen = compare(lambda batch: logits(full, batch), lambda batch: logits(changed, batch), batches, progress)
+        confidence = 1 - (1 - budget.confidence) / attempts
+        data = data_hash(batches)
+        for metric, limit in budget.limits.items():
+            certificates.append(seen.certificate(metric, limit, confidence, data, changed.target))
+    if budget.evaluate is not None and budget.max_drop is not None:
+        drop = budget.evaluate(full) - budget.evaluate(changed)
+        certificates.append(Certificate("evaluate", budget.max_drop, drop, drop, 0.0, 0, 0, "", changed.target))
+    return tuple(certificates)
+
+
+def logits(model: TokenModel, batch: Batch) -> Tensor:
+    """Next-token logits [B, S, V] of a batch, read in one go; those of padding mean nothing."""
+    tokens, layout = model.prepare(batch.tokens, batch.valid)
+    return model.advance(tokens, layout, layout.rows(layout.width))
+
+
+def speedup(full: TokenModel, changed: Executable, batches: Sequence[Batch]) -> float:
+    """Measured time of a decode step (without a cache: of the whole prompt) of the model over that of a plan."""
+    batch = batches[0]
+    room = min(each for each in (PROMPT, full.limit and full.limit - NEW_TOKENS) if each)
+    prompt = batch.tokens[:1, : int(batch.valid[0].sum())][:, :room]
+    times = measure({"full": full, "changed": changed}, prompt, NEW_TOKENS, RUNS)  # type: ignore[dict-item]
+    before, after = (times[name].decode_ms or times[name].prefill_ms for name in ("full", "changed"))
+    return before / after
+
+
+def _name(plan: Plan) -> str:
+    return ", ".join(str(entry) for entry in plan)

@@ -1,0 +1,214 @@
+"""Plans under a budget: proved and faster, or the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import skipstone
+from skipstone import Budget, Executable, Plan, SkipSublayers
+from skipstone.budget import compare
+from skipstone.calibrate import Batch
+from skipstone.certify import candidates, certify, logits, speedup, within
+from skipstone.errors import InvalidInput, Unsupported, UserError
+from skipstone.ir.capture.huggingface import capture_huggingface
+from skipstone.ir.program import Program
+from skipstone.optimize import rewrite
+from skipstone.runtime.eager import EagerSession
+from tests.models import VOCABULARY, model
+
+USELESS = SkipSublayers(ffn=(1,))
+HARMFUL = SkipSublayers(attention=(0,))
+
+
+@cache
+def planted() -> Any:
+    """A Llama whose second FFN does nothing."""
+    changed = copy.deepcopy(model("llama"))
+    changed.model.layers[1].mlp.down_proj.weight.data.zero_()
+    return changed
+
+
+@cache
+def data() -> tuple[Tensor, ...]:
+    return torch.randint(VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(1)).split(4)
+
+
+def batches() -> list[Batch]:
+    return [Batch(each, torch.ones_like(each, dtype=torch.bool)) for each in data()]
+
+
+@cache
+def program() -> Program:
+    return capture_huggingface(planted())
+
+
+def build(plan: Plan) -> Any:
+    rewritten, _ = rewrite(program(), plan, target="eager")
+    return Executable(EagerSession(rewritten), plan=plan, report=skipstone.Report("Llama", "eager"))
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Decide what the measured speed is."""
+
+    def decide(ratio: float) -> None:
+        monkeypatch.setattr("skipstone.certify.speedup", lambda *_: ratio)
+
+    return decide
+
+
+def test_a_useless_sublayer_is_proved_to_cost_nothing(faster: Callable[[float], None]) -> None:
+    faster(1.2)
+    found = within(build, [Plan([USELESS])], Budget(nll=0.0, kl=0.0), batches())
+    assert found.plan.entries == (USELESS,)
+    assert [(each.metric, each.value, each.bound) for each in found.plan.certificates] == [("nll", 0, 0), ("kl", 0, 0)]
+    assert {(each.sequences, each.tokens, each.target) for each in found.plan.certificates} == {(20, 220, "eager")}
+    assert "a step is 1.20 times as fast as the model's" in found.report.budget
+
+
+def test_a_plan_that_costs_more_leaves_the_model_unchanged(faster: Callable[[float], None]) -> None:
+    faster(1.2)
+    found = within(build, [Plan([HARMFUL])], Budget(kl=1e-3), batches())
+    assert found.plan.entries == ()
+    assert found.plan.certificates == ()
+    assert "> 0.001 (20 sequences" in found.report.budget[0]
+    assert found.report.budget[-1] == "nothing fits: the model is unchanged"
+    assert "the model is unchanged" in str(found.report)
+
+
+def test_a_plan_that_gains_nothing_leaves_the_model_unchanged(faster: Callable[[float], None]) -> None:
+    faster(0.97)
+    found = within(build, [Plan([USELESS])], Budget(kl=0.0), batches())
+    assert found.plan.entries == ()
+    assert "within the budget, but a step is 0.97 times as fast as the model's" in found.report.budget[0]
+
+
+def test_the_next_plan_is_tried_and_attempts_are_paid_for(faster: Callable[[float], None]) -> None:
+    faster(1.1)
+    found = within(build, [Plan([HARMFUL]), Plan([USELESS])], Budget(top1=0.9), batches())
+    assert found.plan.entries == (USELESS,)
+    assert [each.confidence for each in found.plan.certificates] == [pytest.approx(0.975)]
+
+
+def test_a_search_that_found_nothing_says_so() -> None:
+    found = within(build, [], Budget(kl=0.0), batches())
+    assert found.report.budget[0] == "no sublayer can be skipped within it"
+
+
+@pytest.mark.parametrize(("max_drop", "holds"), [(0.5, True), (0.2, False)])
+def test_a_users_own_score(max_drop: float, holds: bool) -> None:
+    scores = {(): 0.9, (HARMFUL,): 0.6}
+    budget = Budget(evaluate=lambda each: scores[each.plan.entries], max_drop=max_drop)
+    (found,) = certify(build(Plan([])), build(Plan([HARMFUL])), budget, batches())
+    assert (found.holds, found.sequences) == (holds, 0)
+    assert found.value == pytest.approx(0.3)
+    assert "without a bound" in str(found)
+
+
+def test_padding_does_not_change_a_certificate() -> None:
+    rows = [Batch(each[:, :9], torch.ones(4, 9, dtype=torch.bool)) for each in data()]
+    padded = [Batch(each, torch.arange(12).expand(4, 12) < 9) for each in data()]
+    pair = build(Plan([])), build(Plan([HARMFUL]))
+    (one,), (two,) = (certify(*pair, Budget(kl=1.0), each) for each in (rows, padded))
+    assert (one.data, one.tokens) == (two.data, two.tokens)
+    assert one.bound == pytest.approx(two.bound, rel=1e-4)
+
+
+def test_speed_is_measured() -> None:
+    assert 0.1 < speedup(build(Plan([])), build(Plan([USELESS])), batches()) < 10
+
+
+# ------------------------------------------------------------------------------------------------------------ optimize
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "_capture", lambda *_: program())
+
+
+def optimize(entries: list[Any], **options: Any) -> Any:
+    return skipstone.optimize(planted(), Plan(entries), target="eager", progress=False, **options)
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_a_given_plan_is_proved_on_held_out_data(tmp_path: Path, faster: Callable[[float], None]) -> None:
+    faster(1.2)
+    found = optimize([USELESS], calibration=data(), budget=Budget(kl=0.0))
+    assert [each.sequences for each in found.plan.certificates] == [8]
+    found.plan.save(tmp_path / "plan.json")
+    again = skipstone.optimize(planted(), Plan.load(tmp_path / "plan.json"), target="eager", progress=False)
+    assert again.plan.certificates == found.plan.certificates
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("budget", [Budget(nll=0.0), Budget(kl=0.0), Budget(nll=0.0, top1=0.9)])
+def test_without_a_plan_one_is_searched_for(budget: Budget, faster: Callable[[float], None]) -> None:
+    """What does nothing is all that costs nothing."""
+    faster(1.2)
+    found = optimize([], calibration=data(), budget=budget)
+    assert found.plan.entries == (USELESS,)
+    assert [each.metric for each in found.plan.certificates] == list(budget.limits)
+    assert found.report.after.ffn == found.report.before.ffn - 1
+
+
+def rise(plan: Plan) -> float:
+    """The relative rise of the negative log-likelihood, measured through executables."""
+    exact, changed = build(Plan([])), build(plan)
+    seen = compare(lambda each: logits(exact, each), lambda each: logits(changed, each), batches())
+    return float(seen.increase.sum() / seen.nll.sum())
+
+
+@pytest.mark.parametrize(("share", "sizes"), [(1.01, [2, 1]), (1.5, [2, 1]), (2.6, [2]), (0.99, [1])])
+def test_candidates_are_within_shares_of_the_limit(share: float, sizes: list[int]) -> None:
+    """The inner layer has an FFN that costs nothing and an attention that does."""
+    both = SkipSublayers(attention=(1,), ffn=(1,))
+    plans = candidates(program(), Budget(nll=share * rise(Plan([both]))), batches())
+    assert [plan.entries for plan in plans] == [{2: (both,), 1: (USELESS,)}[size] for size in sizes]
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_validation_data_may_be_given(faster: Callable[[float], None]) -> None:
+    faster(1.2)
+    found = optimize([USELESS], budget=Budget(kl=0.0, validation=data()))
+    assert [each.sequences for each in found.plan.certificates] == [20]
+
+
+@pytest.mark.parametrize(
+    ("entries", "options", "message"),
+    [
+        ([USELESS], {"budget": Budget(kl=0.0)}, "no data to prove the budget on"),
+        ([], {"budget": Budget(kl=0.0, validation=torch.ones(2, 2))}, "no data to choose sublayers on"),
+        ([USELESS], {"budget": 0.01}, "budget is float"),
+    ],
+)
+def test_missing_data_is_refused_before_work_begins(
+    entries: list[Any], options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "_capture", lambda *_: pytest.fail("work began"))
+    with pytest.raises(UserError, match=message):
+        optimize(entries, **options)
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_data_that_proves_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "within", lambda *_: pytest.fail("work began"))
+    with pytest.raises(InvalidInput, match="4 validation sequences stand in the calibration data"):
+        optimize([USELESS], calibration=data(), budget=Budget(kl=0.0, validation=data()[2]))
+    with pytest.raises(InvalidInput, match="there are 1"):
+        optimize([USELESS], calibration=data()[0][:3], budget=Budget(kl=0.0))
+
+
+def test_models_that_predict_no_next_token_are_refused() -> None:
+    with pytest.raises(Unsupported, match="a budget for BertModel"):
+        skipstone.optimize(
+            model("bert"), Plan([USELESS]), target="eager", calibration=data(), budget=Budget(kl=0.1), progress=False
+        )
