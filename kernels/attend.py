@@ -99,17 +99,19 @@ def exact_rows(
     form: tl.constexpr, parts: tl.constexpr, first: tl.constexpr, ring: tl.constexpr,
 ):  # fmt: skip
     """Pointers to the rows of keys [N] in full precision: in the cache itself, or else new, in the ring, or first."""
+    # Not two returns: Triton compiles what follows a return too, and this cache has no other rows.
     if form == "full":
-        return buffer_start(cache[0], batch, head) + key.to(tl.int64) * cache[0][3]
-    rows = buffer_start(new, batch, head) + (key - start).to(tl.int64) * new[3]
-    if ring > 0:
-        recent = cache[parts]
-        rows = tl.where(key >= start, rows, buffer_start(recent, batch, head) + (key % ring).to(tl.int64) * recent[3])
-    if first > 0:
-        held = cache[parts + 1] if ring > 0 else cache[parts]
-        rows = tl.where(
-            (key >= start) | (key >= first), rows, buffer_start(held, batch, head) + key.to(tl.int64) * held[3]
-        )
+        rows = buffer_start(cache[0], batch, head) + key.to(tl.int64) * cache[0][3]
+    else:
+        rows = buffer_start(new, batch, head) + (key - start).to(tl.int64) * new[3]
+        if ring > 0:
+            recent = buffer_start(cache[parts], batch, head) + (key % ring).to(tl.int64) * cache[parts][3]
+            rows = tl.where(key >= start, rows, recent)
+        if first > 0:
+            held = cache[parts + 1] if ring > 0 else cache[parts]
+            rows = tl.where(
+                (key >= start) | (key >= first), rows, buffer_start(held, batch, head) + key.to(tl.int64) * held[3]
+            )
     return rows
 
 
