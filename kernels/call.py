@@ -16,6 +16,7 @@ from skipstone.kernels.launch import alignment, buffer
 from skipstone.kernels.tiles import FORMATS
 
 WIDEST = 256
+OLDEST = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = ("causal", "sliding", "chunked")
 
@@ -34,6 +35,7 @@ class Call:
     k_static: Tensor | None = None
     v_static: Tensor | None = None
     sinks: Tensor | None = None
+    key_bias: Tensor | None = None
     k_format: str = "full"
     v_format: str = "full"
     residual: int = 0
@@ -90,7 +92,7 @@ class Call:
         """Refuse what the kernels cannot do.
 
         Raises:
-            Unsupported: a format, head size, dtype or pattern without a kernel.
+            Unsupported: a format, head size, dtype, pattern, operand or device without a kernel.
             InvalidInput: a tensor that does not fit.
         """
         for name, form, x in (("key", self.keys, self.k), ("value", self.values, self.v)):
@@ -117,6 +119,10 @@ class Call:
             )
         if self.kind not in KINDS:
             raise Unsupported(f"attention of kind {self.kind!r} through a cache", hint=f"It is {', '.join(KINDS)}.")
+        if 0 < self.arch < OLDEST:
+            raise Unsupported(f"Triton kernels for devices of sm_{self.arch}", hint=f"They need sm_{OLDEST} or later.")
+        if self.key_bias is not None:
+            raise Unsupported("Triton kernels for a key bias beside the keys", hint="Quantize with condition=False.")
         for static in (self.k_static, self.v_static):
             if static is not None and not (static.is_contiguous() and static.dtype == torch.float32):
                 raise InvalidInput("Static scales are contiguous float32 tensors.")

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from skipstone.ir.errors import Unsupported
 from skipstone.ir.quantized import quantized_cached_attention_
 from skipstone.kernels.append import append, keep
 from skipstone.kernels.call import Call
@@ -63,13 +62,11 @@ def _(
     slot: int = -1,
     first_position: int = 0,
 ) -> Tensor:
-    if key_bias is not None:
-        raise Unsupported("Triton kernels for a key bias beside the keys", hint="Quantize with condition=False.")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     properties = torch.cuda.get_device_properties(q.device)
     call = Call(
-        q, k, v, k_cache, v_cache, start, count, k_static, v_static, sinks, k_format=k_format, v_format=v_format,
-        residual=residual, first=first, scale=scale, kind=kind, window=window, softcap=softcap,
+        q, k, v, k_cache, v_cache, start, count, k_static, v_static, sinks, key_bias, k_format=k_format,
+        v_format=v_format, residual=residual, first=first, scale=scale, kind=kind, window=window, softcap=softcap,
         arch=properties.major * 10 + properties.minor,
     )  # fmt: skip
     call.check()

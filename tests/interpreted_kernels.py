@@ -117,6 +117,10 @@ def test_what_has_no_kernel_is_refused() -> None:
         Call(q, q, q, *caches, start, kind="bidirectional").check()
     with pytest.raises(Unsupported, match="float64"):
         Call(q.double(), q.double(), q.double(), *caches, start).check()
+    with pytest.raises(Unsupported, match=r"key bias .* Quantize with condition=False"):
+        Call(q, q, q, *caches, start, key_bias=torch.zeros(2, 1, 64)).check()
+    with pytest.raises(Unsupported, match=r"sm_75.* sm_80 or later"):
+        Call(q, q, q, *caches, start, arch=75).check()
     caches = buffers("int8_channel", {}, (1, 1, 40, 64), torch.float32)
     with pytest.raises(InvalidInput, match="float32"):
         static = torch.ones(1, 64, dtype=torch.float64)
