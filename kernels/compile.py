@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +16,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from skipstone.ir.errors import InvalidPlan, Unsupported
+from skipstone.ir.errors import Unsupported
 from skipstone.ir.quantized import cache_format
-from skipstone.kernels.append import append, keep
 from skipstone.kernels.call import Call
-from skipstone.kernels.decode_attention import decode_attention
 from skipstone.kernels.launch import Launch
-from skipstone.kernels.prefill_attention import prefill_attention
-from skipstone.kernels.tiles import FORMATS
-from skipstone.kernels.tuning import decode_tile, prefill_tile
+from skipstone.kernels.quantized_cached_attention import launches
 
 ALIGNMENT = 16
 """Triton compiles numbers and addresses that this divides to code of their own: wide loads need it."""
+
+PROCESSORS = 132
+"""Of the device that calls are compiled for: they decide how many programs share the keys of a sequence."""
 
 POINTERS = {
     torch.float16: "*fp16",
@@ -38,17 +36,6 @@ POINTERS = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
-
-
-PAIRS = (
-    *((form, form) for form in FORMATS),
-    ("int8_token", "int4_group"),
-    ("fp8_token", "nvfp4"),
-    ("full", "int8_token"),
-)
-"""Formats of keys and values that are compiled together: each with itself, and keys that are more exact."""
-
-WIDTHS = (64, 80, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -68,61 +55,47 @@ class Usage:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is compiled for a kind of call.
+    """A kind of call that kernels are compiled for.
 
     Attributes:
-        kernel: its name.
         k_format, v_format: of the cache.
         width: head size.
         dtype: of the model.
-        queries: new tokens of each sequence; four query heads share a key head.
+        queries: new tokens of each sequence.
+        group: query heads that share a key head.
         options: whether the call uses all that it may: full precision for the first and newest rows, ragged chunks,
             a sliding window, sinks and a cap.
     """
 
-    kernel: str
     k_format: str
     v_format: str
     width: int
-    dtype: torch.dtype
-    queries: int
-    options: bool
+    dtype: torch.dtype = torch.bfloat16
+    queries: int = 1
+    group: int = 4
+    options: bool = False
 
 
-def variants(
-    arch: str,
-    pairs: Sequence[tuple[str, str]] = PAIRS,
-    widths: Sequence[int] = WIDTHS,
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16, torch.float32),
-) -> Iterator[tuple[Variant, Launch]]:
-    """Every kernel with every pair of formats, head size and dtype, for one, few and many queries.
+def variant_launches(variant: Variant, arch: str) -> list[Launch]:
+    """The launches of a long cache's call, whose tensors have no data.
 
-    Pairs and head sizes that do not fit each other are left out, and so is what the kernels refuse.
+    Args:
+        arch: such as "sm_90".
+    Raises:
+        InvalidPlan: the format does not fit the head size.
+        Unsupported: the kernels refuse the call.
     """
-    for dtype, (k_format, v_format), width, queries, options in itertools.product(
-        dtypes, pairs, widths, (1, 8, 1024), (False, True)
-    ):
-        try:
-            call = _call(k_format, v_format, width, dtype, queries, options, _capability(arch))
-            call.check()
-        except (InvalidPlan, Unsupported):
-            continue
-        out = call.q.new_empty(call.q.shape)
-        found = [append(call), keep(call)] if any(call.exact) else [append(call)]
-        if queries == 1024:
-            found.append(prefill_attention(call, out, prefill_tile(call)))
-        else:
-            found += decode_attention(call, out, decode_tile(call), shares=8)
-        for launch in found:
-            yield Variant(launch.kernel.__name__, k_format, v_format, width, dtype, queries, options), launch
+    call = _call(variant, _capability(arch))
+    call.check()
+    return list(launches(call, call.q.new_empty(call.q.shape), PROCESSORS))
 
 
-def _call(k_format: str, v_format: str, width: int, dtype: torch.dtype, queries: int, options: bool, arch: int) -> Call:
-    """A call without data."""
-    batch, kv_heads, group, capacity = 8, 8, 4, 32768
-    forms = [cache_format(name, *((64, 4) if options else (0, 0))) for name in (k_format, v_format)]
+def _call(variant: Variant, arch: int) -> Call:
+    batch, kv_heads, capacity = 8, 8, 32768
+    width, options = variant.width, variant.options
+    forms = [cache_format(name, *((64, 4) if options else (0, 0))) for name in (variant.k_format, variant.v_format)]
 
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def tensor(*shape: int, dtype: torch.dtype = variant.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for form in forms:
@@ -134,23 +107,24 @@ def _call(k_format: str, v_format: str, width: int, dtype: torch.dtype, queries:
         for form in forms
     ]
     caches = [
-        [tensor(batch, kv_heads, p.rows(capacity), p.width, dtype=p.dtype) for p in form.parts(width, dtype)]
+        [tensor(batch, kv_heads, p.rows(capacity), p.width, dtype=p.dtype) for p in form.parts(width, variant.dtype)]
         for form in forms
     ]
     lengths = tensor(batch, dtype=torch.int64)
+    heads = kv_heads * variant.group
     operands: dict[str, Any] = {
         "count": lengths if options else None,
-        "sinks": tensor(kv_heads * group) if options else None,
+        "sinks": tensor(heads) if options else None,
         "residual": 64 if options else 0,
         "first": 4 if options else 0,
         "kind": "sliding" if options else "causal",
         "window": 4096 if options else 0,
         "softcap": 50.0 if options else 0.0,
     }
-    q, k, v = (tensor(batch, heads, queries, width) for heads in (kv_heads * group, kv_heads, kv_heads))
+    q, k, v = (tensor(batch, each, variant.queries, width) for each in (heads, kv_heads, kv_heads))
     return Call(
-        q, k, v, caches[0], caches[1], lengths, k_static=statics[0], v_static=statics[1], k_format=k_format,
-        v_format=v_format, scale=width**-0.5, arch=arch, **operands,
+        q, k, v, caches[0], caches[1], lengths, k_static=statics[0], v_static=statics[1], k_format=variant.k_format,
+        v_format=variant.v_format, scale=width**-0.5, arch=arch, **operands,
     )  # fmt: skip
 
 
@@ -172,8 +146,7 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     target = GPUTarget("cuda", _capability(arch), 32)
     if not isinstance(launch.kernel, JITFunction):
         raise Unsupported("compiling kernels in Triton's interpreter", hint="Unset TRITON_INTERPRET.")
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(_source(launch), target=target, options=options)
+    return triton.compile(_source(launch), target=target, options=dict(launch.options))
 
 
 def usage(launch: Launch, arch: str) -> Usage:

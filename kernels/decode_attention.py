@@ -32,25 +32,25 @@ def splits(call: Call, tile: Tile, processors: int) -> int:
 
 def decode_attention(call: Call, out: Tensor, tile: Tile, shares: int) -> tuple[Launch, Launch]:
     """Attention of few queries: the two launches that write it to `out` [B, N, S, Dv], by `shares` programs a block."""
+    # `shares` is no constant of the kernels: it follows from the batch, and each number would be compiled anew.
     batch, heads, queries, width = out.shape
     sums = torch.empty((batch, heads, queries, shares, width), dtype=torch.float32, device=out.device)
     peaks, totals = torch.empty((2, batch, heads, queries, shares), dtype=torch.float32, device=out.device)
     share = Launch(
         attend_share,
         (triton.cdiv(queries * call.group, tile.rows) * shares, call.kv_heads, batch),
-        {**call.arguments(), "sums": sums, "peaks": peaks, "totals": totals},
-        {**constants(call, tile), "SPLITS": shares},
+        {**call.arguments(), "sums": sums, "peaks": peaks, "totals": totals, "shares": shares},
+        constants(call, tile),
         tile.warps,
         tile.stages,
     )
     combine = Launch(
         combine_shares,
         (queries, heads, batch),
-        {"sums": sums, "peaks": peaks, "totals": totals, "sinks": call.sinks, "out": buffer(out)},
+        {"sums": sums, "peaks": peaks, "totals": totals, "shares": shares, "sinks": call.sinks, "out": buffer(out)},
         {
             "WIDTH": width,
             "BLOCK_D": triton.next_power_of_2(width),
-            "SPLITS": shares,
             "BLOCK_SPLITS": min(16, triton.next_power_of_2(shares)),
         },
         warps=4,
@@ -61,23 +61,23 @@ def decode_attention(call: Call, out: Tensor, tile: Tile, shares: int) -> tuple[
 @triton.jit
 def attend_share(
     q, keys, values, k_static, v_static, k_new, v_new, start, count, sums, peaks, totals, scale, softcap, window,
-    queries,
+    queries, shares,
     K_FORM: tl.constexpr, K_GROUP: tl.constexpr, K_ALIGN: tl.constexpr, K_PARTS: tl.constexpr, K_WIDTH: tl.constexpr,
     V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_ALIGN: tl.constexpr, V_PARTS: tl.constexpr, V_WIDTH: tl.constexpr,
     MODEL: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr, CAP: tl.constexpr, HEADS: tl.constexpr,
     RESIDUAL: tl.constexpr, FIRST: tl.constexpr, RING: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums [B, N, S, SPLITS, Dv], largest logits and totals [B, N, S, SPLITS] of one share of the keys, float32."""
-    split, block = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    """Sums [B, N, S, shares, Dv], largest logits and totals [B, N, S, shares] of one share of the keys, float32."""
+    split, block = tl.program_id(0) % shares, tl.program_id(0) // shares
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     q_head, query, present, position, lowest, until, first, begin, end = block_of_queries(
         block, start, count, queries, window, batch, head, KIND, HEADS, RESIDUAL, BLOCK_M
     )
-    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), SPLITS) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), shares) * BLOCK_N
     share_begin = begin + split * share
     share_end = tl.minimum(share_begin + share, end)
-    place = ((batch * tl.num_programs(1) * HEADS + q_head) * queries + query) * SPLITS + split
+    place = ((batch * tl.num_programs(1) * HEADS + q_head) * queries + query) * shares + split
     if share_begin < share_end:
         q_rows = q[0] + batch * q[1] + q_head * q[2] + query * q[3]
         state = attend(
@@ -102,22 +102,22 @@ def attend_share(
 
 @triton.jit
 def combine_shares(
-    sums, peaks, totals, sinks, out,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    sums, peaks, totals, shares, sinks, out,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The output [Dv] of one query and head of the buffer `out` [B, N, S, Dv], from the shares of `attend_share`."""
     query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    place = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + query) * SPLITS
+    place = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + query) * shares
     peak = float("-inf")
-    for first in range(0, SPLITS, BLOCK_SPLITS):
+    for first in range(0, shares, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
-        peak = tl.maximum(peak, tl.max(tl.load(peaks + place + split, split < SPLITS, float("-inf")), axis=0))
+        peak = tl.maximum(peak, tl.max(tl.load(peaks + place + split, split < shares, float("-inf")), axis=0))
     reference = tl.where(peak == float("-inf"), 0.0, peak)
     channel = tl.arange(0, BLOCK_D)
     mixed, total = tl.zeros((BLOCK_D,), tl.float32), 0.0
-    for first in range(0, SPLITS, BLOCK_SPLITS):
+    for first in range(0, shares, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
-        share_peak = tl.load(peaks + place + split, split < SPLITS, float("-inf"))
+        share_peak = tl.load(peaks + place + split, split < shares, float("-inf"))
         # Whoever had no share wrote nothing but its peak.
         shared = share_peak != float("-inf")
         weight = tl.exp2(share_peak - reference)

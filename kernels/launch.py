@@ -13,6 +13,9 @@ from skipstone.ir.errors import InvalidInput
 
 Buffer = tuple[Tensor, int, int, int]
 
+REGISTERS = 255
+"""As many as a thread can have. Unless told so, ptxas spills some where that makes room for one more program."""
+
 
 def buffer(x: Tensor) -> Buffer:
     """A tensor [B, H, rows, width] as kernels address it: with the strides of its first three dimensions."""
@@ -47,6 +50,11 @@ class Launch:
     warps: int
     stages: int = 1
 
+    @property
+    def options(self) -> Mapping[str, int]:
+        """What Triton is told about compiling it."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": REGISTERS}
+
     def __call__(self) -> None:
         """Launch it on the current stream, without waiting."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)

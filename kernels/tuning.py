@@ -36,29 +36,27 @@ FLOAT32 = Tile(16, 16, 4, 2)
 
 
 def decode_tile(call: Call) -> Tile:
-    """The tile of `decode_attention`."""
+    """The tile of `decode_attention`: a stage is worked on while two come from memory, which is what limits it."""
     if call.q.dtype == torch.float32:
         return FLOAT32
-    if call.group * call.queries > 16:
-        return _several_rows(call)
-    # Rows in full precision come with a loop and with registers of their own.
-    return Tile(16, 32, 4, 2) if widest(call) > 128 or any(call.exact) else Tile(16, 64, 4, 3)
+    # All warps of a program hold its queries, so that more rows or channels take registers of more threads: eight warps
+    # at a time on a processor, as two programs or as one.
+    if widest(call) > 128:
+        return Tile(16, 32, 8, 3)
+    return Tile(16, 64, 4, 3) if call.group * call.queries <= 16 else Tile(32, 32, 8, 3)
 
 
 def prefill_tile(call: Call) -> Tile:
     """The tile of `prefill_attention`."""
     if call.q.dtype == torch.float32:
         return FLOAT32
-    if call.arch >= 90 and widest(call) <= 128 and not any(call.exact):
-        # The tensor cores of sm_90 have an instruction for 64 rows.
-        return Tile(64, 32, 4, 2)
-    return _several_rows(call)
-
-
-def _several_rows(call: Call) -> Tile:
     if widest(call) > 128:
         return Tile(32, 32, 8, 2)
-    return Tile(32, 32 if any(call.exact) else 64, 4, 2)
+    if call.arch >= 90 and not any(call.exact):
+        # The tensor cores of sm_90 have an instruction for 64 rows. Keys in full precision come with a loop and with
+        # registers of their own, and leave none for it.
+        return Tile(64, 32, 4, 2)
+    return Tile(32, 32, 4, 3)
 
 
 def widest(call: Call) -> int:
