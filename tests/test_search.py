@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.reference.evaluate import CHECKPOINT, windows
 from skipstone.baselines import at_random, contiguous, greedy, one_shot
 from skipstone.calibrate import Batch, program_inputs, token_batches
 from skipstone.ir.capture.huggingface import capture_huggingface
@@ -508,3 +509,41 @@ def test_random_follows_the_seed() -> None:
 def test_baselines_refuse_impossible_counts(method: Callable[..., Selection], count: int, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         run("llama", method, space=ALL_LAYERS, count=count)
+
+
+# ------------------------------------------------------------------------------------------- how much work, how good
+
+
+@pytest.mark.slow
+def test_on_24_layers_a_third_of_the_passes_of_greedy_is_enough() -> None:
+    """Random weights whose sublayers weigh differently; greedy measures every unit that is left in each step."""
+    torch.manual_seed(0)
+    config = models.model("llama").config.to_dict() | {"num_hidden_layers": 24, "layer_types": None}
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.mul_(float(torch.rand(())))
+    program = capture_huggingface(model)
+    found = {}
+    for space in (Space(), Space(kinds=("layer",))):
+        times = dict.fromkeys(space.units(find_stream(program)), 1.0)
+        found[space] = search(program, batches("llama"), space=space, count=7, milliseconds=times)
+        assert found[space].passes <= sum(len(times) - step for step in range(7)) / 3
+    theirs = greedy(program, batches("llama"), 7, space=space, objective="kl", milliseconds=times)
+    assert theirs.passes == sum(len(times) - step for step in range(7))
+    assert found[space].steps[-1].objective <= 1.05 * theirs.steps[-1].objective
+
+
+@pytest.mark.slow
+def test_on_a_trained_model_the_choice_is_as_good_as_that_of_greedy() -> None:
+    model = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    program = capture_huggingface(model)
+    data = token_batches(list(windows("train", 8, 256)[:, :-1].split(8)), program.source)
+    options: dict[str, Any] = {"milliseconds": unit_milliseconds(program, Space().units(find_stream(program)), FAST)}
+    ours = search(program, data, objective="nll", count=6, **options)
+    theirs = greedy(program, data, 6, **options)
+    unguided = [at_random(program, data, 6, seed=seed, objective="nll", **options) for seed in range(3)]
+    assert ours.passes <= 0.4 * theirs.passes
+    assert ours.steps[-1].objective <= 1.05 * theirs.steps[-1].objective
+    assert ours.steps[-1].objective < 0.5 * min(each.steps[-1].objective for each in unguided)

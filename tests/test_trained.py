@@ -5,6 +5,7 @@ The numbers were computed with another implementation, in float64.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,11 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from skipstone.calibrate import token_batches
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.program import Program
+from skipstone.ir.stream import find_stream
 from skipstone.optimize import optimize
 from skipstone.passes.base import run_pass
 from skipstone.passes.skip_sublayers import SkipSublayers
+from skipstone.search import ModelTask, search
+from skipstone.units import Space, Unit
 
 LAYERS, WIDTH, HIDDEN, HEADS, KV_HEADS, VOCABULARY, POSITIONS = 5, 64, 172, 8, 4, 512, 512
 HEAD = WIDTH // HEADS
@@ -107,3 +112,32 @@ def test_leaving_out_costs_what_the_golden_table_says(program: Program, golden: 
     agreement = (full.argmax(-1) == less.argmax(-1)).double().mean()
     found = (float(rise), float(kl), float(agreement))
     assert found == pytest.approx(GOLDEN[field][layer], abs=6e-4)
+
+
+@pytest.fixture(scope="module")
+def exact(model: LlamaForCausalLM) -> Program:
+    return capture_huggingface(copy.deepcopy(model).double())
+
+
+@pytest.mark.parametrize(("column", "objective"), [(0, "nll"), (1, "kl")])
+def test_a_search_measures_the_golden_table(exact: Program, golden: Tensor, column: int, objective: str) -> None:
+    """To the digits given: without rewriting, each time from the sublayer on that is left out."""
+    ids = golden if objective == "nll" else golden[:, :-1]
+    measured: dict[Unit, float] = {}
+    for space in (Space(protected=()), Space(kinds=("layer",), protected=())):
+        units = space.units(find_stream(exact))
+        task = ModelTask(exact, token_batches(ids, exact.source), space, objective, dict.fromkeys(units, 1.0))  # type: ignore[arg-type]
+        task.start()
+        measured |= {unit: task.measure([unit]) for unit in units}
+    table = {
+        (field.removesuffix("s"), layer): row[column] for field in GOLDEN for layer, row in enumerate(GOLDEN[field])
+    }
+    assert {(unit.kind, unit.layer): round(value, 3) for unit, value in measured.items()} == table
+    assert max(measured, key=measured.__getitem__) == Unit("layer", 0)
+
+
+def test_a_search_finds_the_cheapest_sublayer(exact: Program, golden: Tensor) -> None:
+    space = Space(protected=())
+    times = dict.fromkeys(space.units(find_stream(exact)), 1.0)
+    (step,) = search(exact, token_batches(golden, exact.source), space=space, count=1, milliseconds=times).steps
+    assert step.unit == Unit("attention", 4)
