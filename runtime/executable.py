@@ -2,7 +2,8 @@
 
 `Executable` runs any program by its input names. Programs that take tokens and return next-token logits get the
 subclass `TokenModel`, which accepts padded batches and keeps a cache; `skipstone.runtime.generate.CausalLM` adds
-Hugging Face's `generate` to it. Building an `Executable` gives whichever class the program's roles ask for.
+Hugging Face's `generate` to it. Models that fill in masks get `skipstone.runtime.denoise.MaskedLM`. Building an
+`Executable` gives whichever class the program's roles ask for.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class Executable:
             from skipstone.runtime.generate import CausalLM
 
             return object.__new__(CausalLM)
+        if cls is Executable and is_masked_lm(session.program):
+            from skipstone.runtime.denoise import MaskedLM
+
+            return object.__new__(MaskedLM)
         return object.__new__(cls)
 
     def __init__(
@@ -90,6 +95,12 @@ class Executable:
     def dtype(self) -> torch.dtype:
         """The dtype of the model's parameters."""
         return self.program.source.dtype
+
+    @property
+    def limit(self) -> int | None:
+        """The longest sequence that it can hold, if there is one."""
+        bounds = [bound for bound in (self.max_length, self.program.source.max_positions) if bound is not None]
+        return min(bounds, default=None)
 
     def __repr__(self) -> str:
         cache = f"{len(self.program.slots())} slots" if self.supports_cache else "none"
@@ -132,6 +143,16 @@ class Executable:
             f"generate with {self.program.source.name}, which is no decoder that turns tokens into next-token logits",
             hint="Call the executable on whole inputs.",
         )
+
+    def check_length(self, longest: int) -> None:
+        """Refuse sequences of `longest` tokens if the model, or the room made for it, ends before."""
+        if self.limit is not None and longest > self.limit:
+            bounded_by = "max_length" if self.limit == self.max_length else "the model's positions"
+            raise InvalidInput(
+                f"a sequence of {longest} tokens is longer than {self.limit} ({bounded_by}).",
+                hint="Shorten the prompt or ask for fewer new tokens"
+                + (", or raise max_length." if bounded_by == "max_length" else "."),
+            )
 
     def _fill_defaults(self, values: dict[str, Tensor]) -> None:
         tokens = values.get(self._input_name(Role.TOKENS))
@@ -256,12 +277,6 @@ class TokenModel(Executable):
     Row b of a batch with n_b valid tokens stands at positions 0..n_b - 1, on whichever side it is padded.
     """
 
-    @property
-    def limit(self) -> int | None:
-        """The longest sequence that it can hold, if there is one."""
-        bounds = [bound for bound in (self.max_length, self.program.source.max_positions) if bound is not None]
-        return min(bounds, default=None)
-
     @cached_property
     def _padding_refusal(self) -> Unsupported | None:
         """Why a valid token might see padding on its right, unless it is proved that none sees later ones."""
@@ -330,18 +345,11 @@ class TokenModel(Executable):
         Raises:
             InvalidInput: shape, dtype, token id or mask is wrong.
         """
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise InvalidInput(f"input_ids must be a tensor [batch, sequence], got {shape}.")
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise InvalidInput(f"input_ids is {input_ids.dtype}.", hint="Token ids are int64 or int32.")
+        check_batch(input_ids, attention_mask)
         if input_ids.numel() == 0:
             raise InvalidInput(f"input_ids is empty: {list(input_ids.shape)}.", hint="Give at least one token a row.")
         tokens = input_ids.to(self.device, torch.int64)
         if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                shapes = f"{list(attention_mask.shape)}, input_ids has {list(input_ids.shape)}"
-                raise InvalidInput(f"attention_mask has shape {shapes}.", hint="Give one number a token.")
             attention_mask = attention_mask.to(self.device) != 0
         layout = Layout.of(tokens, attention_mask)
         if layout.first is not None and self._padding_refusal is not None:
@@ -443,16 +451,6 @@ class TokenModel(Executable):
             return logits
         return logits.gather(1, rows.unsqueeze(-1).expand(*rows.shape, logits.shape[-1]))
 
-    def check_length(self, longest: int) -> None:
-        """Refuse sequences of `longest` tokens if the model, or the room made for it, ends before."""
-        if self.limit is not None and longest > self.limit:
-            bounded_by = "max_length" if self.limit == self.max_length else "the model's positions"
-            raise InvalidInput(
-                f"a sequence of {longest} tokens is longer than {self.limit} ({bounded_by}).",
-                hint="Shorten the prompt or ask for fewer new tokens"
-                + (", or raise max_length." if bounded_by == "max_length" else "."),
-            )
-
     def _check_not_empty(self, layout: Layout) -> None:
         if int(layout.counts.min()) == 0:
             row = int(layout.counts.argmin())
@@ -469,9 +467,41 @@ def is_causal_lm(program: Program) -> bool:
         return False
     if Role.LOGITS not in outputs or outputs - {Role.LOGITS, Role.CACHE_KEY, Role.CACHE_VALUE}:
         return False
-    looks_ahead = any(node.kwargs.get("kind") == Kind.BIDIRECTIONAL for node in program.nodes(*ATTENTION_OPS))
     logits = program.output(Role.LOGITS)
-    return not looks_ahead and logits is not None and logits.meta["val"].dim() == 3
+    return not sees_ahead(program) and logits is not None and logits.meta["val"].dim() == 3
+
+
+def is_masked_lm(program: Program) -> bool:
+    """Whether a program turns tokens that see each other into the logits of the token at each place, and no more."""
+    inputs, outputs = ({port.role for port in ports} for ports in (program.inputs, program.outputs))
+    logits = program.output(Role.LOGITS)
+    if Role.TOKENS not in inputs or inputs - {Role.TOKENS, Role.POSITIONS, Role.PADDING}:
+        return False
+    if logits is None or outputs != {Role.LOGITS} or logits.meta["val"].dim() != 3:
+        return False
+    tokens = logits.meta["val"].shape[-1]
+    return sees_ahead(program) and tokens == (program.source.vocabulary or tokens)
+
+
+def sees_ahead(program: Program) -> bool:
+    """Whether tokens attend to later ones."""
+    return any(node.kwargs.get("kind") == Kind.BIDIRECTIONAL for node in program.nodes(*ATTENTION_OPS))
+
+
+def check_batch(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Refuse what is no batch of tokens, integers [B, S], with a mask of the same shape.
+
+    Raises:
+        InvalidInput: a shape or the dtype is wrong.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InvalidInput(f"input_ids must be a tensor [batch, sequence], got {shape}.")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InvalidInput(f"input_ids is {input_ids.dtype}.", hint="Token ids are int64 or int32.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        shapes = f"{list(attention_mask.shape)}, input_ids has {list(input_ids.shape)}"
+        raise InvalidInput(f"attention_mask has shape {shapes}.", hint="Give one number a token.")
 
 
 def check_names(given: Iterable[str], known: Collection[str], also: Iterable[str] = ()) -> None:

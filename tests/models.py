@@ -29,6 +29,7 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.program import Program
 
 VOCABULARY = 61
+MASK = 60
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -64,6 +65,7 @@ _BUILDERS = {
             no_rope_layers=[1, 1, 0], layer_types=["chunked_attention", "chunked_attention", "full_attention"],
         )
     ),
+    "llada": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, is_causal=False, mask_token_id=MASK)),
     "bert": lambda: BertModel(
         BertConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -73,7 +75,7 @@ _BUILDERS = {
     ),
 }  # fmt: skip
 
-CAUSAL = tuple(name for name in _BUILDERS if name != "bert")
+CAUSAL = tuple(name for name in _BUILDERS if name not in ("llada", "bert"))
 
 
 @cache
