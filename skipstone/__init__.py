@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from skipstone.budget import Budget as Budget
     from skipstone.budget import Certificate as Certificate
     from skipstone.calibrate import tokenize as tokenize
+    from skipstone.masking import mask_tokens as mask_tokens
     from skipstone.optimize import optimize as optimize
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
     from skipstone.passes.quantize_kv import QuantizeKV as QuantizeKV
@@ -36,6 +37,7 @@ _HOME = {
     "Report": "skipstone.report",
     "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
+    "mask_tokens": "skipstone.masking",
     "optimize": "skipstone.optimize",
     "tokenize": "skipstone.calibrate",
 }

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from skipstone.calibrate import Batch, CalibrationData
+from skipstone.calibrate import IGNORED, Batch, CalibrationData
 from skipstone.ir.errors import InvalidInput, UserError
 
 HELD_OUT = 0.4
 """Share of the calibration sequences that a budget is proved on, where it brings no data of its own."""
 
 Logits = Callable[[Batch], Tensor]
-"""Next-token logits [B, S, V] of a batch."""
+"""Logits [B, S, V] of a batch."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,11 @@ class Comparison:
 
     @classmethod
     def of(cls, exact: Tensor, changed: Tensor, batch: Batch) -> Comparison:
-        """Compare logits [B, S, V] for a batch; sequences of less than two tokens are left out."""
-        targets, counted = batch.tokens[:, 1:, None], batch.valid[:, 1:]
-        before, after = (logits[:, :-1].double().log_softmax(dim=-1) for logits in (exact, changed))
-        nll, new_nll = (-each.gather(-1, targets).squeeze(-1) for each in (before, after))
+        """Compare logits [B, S, V] where a batch has targets; sequences without one are left out."""
+        targets = batch.targets
+        counted = targets != IGNORED
+        before, after = (logits.double().log_softmax(dim=-1) for logits in (exact, changed))
+        nll, new_nll = (-each.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) for each in (before, after))
         possible = before > -torch.inf  # what is ruled out adds 0 times infinity, which is nothing
         kl = torch.where(possible, before.exp() * (before - after), 0.0).sum(dim=-1)
         agreement = (before.argmax(dim=-1) == after.argmax(dim=-1)).double()
@@ -237,8 +238,8 @@ def hold_out(batches: Sequence[Batch], share: float = HELD_OUT) -> tuple[list[Ba
     chosen_on, proved_on = [], []
     for batch, names in zip(batches, digests, strict=True):
         held = torch.tensor([name in proof for name in names])
-        chosen_on.append(Batch(batch.tokens[~held], batch.valid[~held]))
-        proved_on.append(Batch(batch.tokens[held], batch.valid[held]))
+        chosen_on.append(batch.sequences(~held))
+        proved_on.append(batch.sequences(held))
     return [each for each in chosen_on if len(each.tokens)], [each for each in proved_on if len(each.tokens)]
 
 
@@ -246,12 +247,12 @@ def check_data(chosen_on: Sequence[Batch], proved_on: Sequence[Batch]) -> None:
     """Refuse validation data that proves nothing.
 
     Raises:
-        InvalidInput: it has fewer than two sequences of two tokens, or some that stand in the calibration data too.
+        InvalidInput: it has fewer than two sequences with a target, or some that stand in the calibration data too.
     """
-    count = sum(int((batch.valid.sum(dim=1) > 1).sum()) for batch in proved_on)
+    count = sum(int((batch.targets != IGNORED).any(dim=1).sum()) for batch in proved_on)
     if count < 2:
         raise InvalidInput(
-            f"a budget is proved on at least two sequences of two tokens, there are {count}.",
+            f"a budget is proved on at least two sequences with a token to predict, there are {count}.",
             hint="Give more calibration data, better thirty sequences or more for the proof alone.",
         )
     known = {_digest(row) for batch in chosen_on for row in _rows(batch)}
@@ -262,14 +263,14 @@ def check_data(chosen_on: Sequence[Batch], proved_on: Sequence[Batch]) -> None:
 
 
 def data_hash(batches: Sequence[Batch]) -> str:
-    """sha256 over the valid tokens of all sequences, in order."""
+    """sha256 over the valid tokens of all sequences, masked ones as they were, in order."""
     digests = [_digest(row) for batch in batches for row in _rows(batch)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _rows(batch: Batch) -> list[Tensor]:
-    """The valid tokens of each sequence."""
-    return [tokens[valid] for tokens, valid in zip(batch.tokens, batch.valid, strict=True)]
+    """The valid tokens of each sequence, masked ones as they were: where the masks are makes no other text of it."""
+    return [tokens[valid] for tokens, valid in zip(batch.text, batch.valid, strict=True)]
 
 
 def _digest(row: Tensor) -> str:

@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import pad
 from tqdm import tqdm
 
-from skipstone.ir.dialect import ATTENTION_OPS, Kind, attention_reference
+from skipstone.ir.dialect import attention_reference
 from skipstone.ir.errors import InvalidInput, UserError
 from skipstone.ir.formats import Format
 from skipstone.ir.program import Program, Role, Source
 from skipstone.ir.statistics import ChannelStatistics, sites
 from skipstone.passes.quantize_kv import QuantizeKV, static_tensor
-from skipstone.runtime.executable import Layout
+from skipstone.runtime.executable import Layout, sees_ahead
 
 ERROR_TOKENS = 512
 """Tokens of the first calibration batch on which the error of a format is estimated."""
+
+IGNORED = -100
+"""The label of a position at which nothing is asked for, as in transformers and `torch.nn.functional.cross_entropy`."""
 
 CalibrationData = Iterable[Tensor | Mapping[str, Tensor]]
 
@@ -32,10 +36,35 @@ class Batch:
     Attributes:
         tokens: int64 [B, S], valid tokens first.
         valid: bool [B, S], true on valid tokens.
+        labels: for a model that fills in masks, int64 [B, S]: the token at each masked position, ``IGNORED`` elsewhere.
+            None for one that predicts next tokens.
     """
 
     tokens: Tensor
     valid: Tensor
+    labels: Tensor | None = None
+
+    @property
+    def counted(self) -> Tensor:
+        """bool [B, S]: the tokens that statistics are over, of masked sequences the masked ones."""
+        return self.valid if self.labels is None else self.valid & (self.labels != IGNORED)
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [B, S]: what is right to predict at each position, ``IGNORED`` where nothing is."""
+        if self.labels is not None:
+            return self.labels.masked_fill(~self.valid, IGNORED)
+        return pad(self.tokens.masked_fill(~self.valid, IGNORED)[:, 1:], (0, 1), value=IGNORED)
+
+    @property
+    def text(self) -> Tensor:
+        """int64 [B, S]: the tokens, the masked ones as they were."""
+        return self.tokens if self.labels is None else torch.where(self.counted, self.labels, self.tokens)
+
+    def sequences(self, chosen: Tensor) -> Batch:
+        """Those that are true in bool [B]."""
+        labels = None if self.labels is None else self.labels[chosen]
+        return Batch(self.tokens[chosen], self.valid[chosen], labels)
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, length: int = 512) -> list[Tensor]:
@@ -59,7 +88,8 @@ def token_batches(data: CalibrationData, source: Source) -> list[Batch]:
     """Check calibration data.
 
     Args:
-        data: tensors of token ids [B, S] (or [S]), or mappings with `input_ids` and, where padded, `attention_mask`.
+        data: tensors of token ids [B, S] (or [S]), or mappings with `input_ids`, where padded `attention_mask`, and for
+            models that fill in masks `labels` (see `Batch.labels` and `skipstone.mask_tokens`).
         source: the model that they are for.
     Raises:
         InvalidInput: it is empty, or a batch has the wrong shape, type or token ids; the message says which.
@@ -69,30 +99,48 @@ def token_batches(data: CalibrationData, source: Source) -> list[Batch]:
     batches = []
     for number, item in enumerate(data):
         where = f"calibration batch {number}"
-        if isinstance(item, str):
-            hint = "Turn texts into tokens: calibration=skipstone.tokenize(texts, tokenizer)."
-            raise InvalidInput(f"{where} is a text.", hint=hint)
-        tokens = item.get("input_ids") if isinstance(item, Mapping) else item
-        mask = item.get("attention_mask") if isinstance(item, Mapping) else None
-        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-            found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise InvalidInput(f"{where} is {found}.", hint="Give token ids: integers [batch, sequence].")
-        tokens = tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
-        if tokens.dim() != 2 or tokens.numel() == 0:
-            raise InvalidInput(f"{where} has shape {list(tokens.shape)}.", hint="Give tokens [batch, sequence].")
-        if mask is not None and mask.shape != tokens.shape:
-            raise InvalidInput(f"{where}: attention_mask {list(mask.shape)} for tokens {list(tokens.shape)}.")
+        tokens, mask, labels = read_item(item, where)
         vocabulary, longest = source.vocabulary, source.max_positions
         if int(tokens.min()) < 0 or (vocabulary is not None and int(tokens.max()) >= vocabulary):
             raise InvalidInput(f"{where} holds token ids outside [0, {vocabulary}).", hint="Use the model's tokenizer.")
         if longest is not None and tokens.shape[1] > longest:
             raise InvalidInput(f"{where} has {tokens.shape[1]} tokens a row, the model takes {longest}.")
+        asked = labels[labels != IGNORED] if labels is not None else tokens[:0]
+        if asked.numel() and (int(asked.min()) < 0 or (vocabulary is not None and int(asked.max()) >= vocabulary)):
+            raise InvalidInput(f"{where} holds labels outside [0, {vocabulary}) that are not {IGNORED}.")
         layout = Layout.of(tokens, None if mask is None else mask != 0)
         columns = torch.arange(layout.width).unsqueeze(0)
-        batches.append(Batch(layout.to_front(tokens.long()), columns < layout.counts.unsqueeze(1)))
+        labels = None if labels is None else layout.to_front(labels.long(), fill=IGNORED)
+        batches.append(Batch(layout.to_front(tokens.long()), columns < layout.counts.unsqueeze(1), labels))
     if not batches:
         raise InvalidInput("the calibration data is empty.", hint="Give at least one batch of tokens.")
     return batches
+
+
+def read_item(item: Tensor | Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens, attention mask and labels of an item of calibration data, each integers [B, S].
+
+    Args:
+        where: what the item is called in messages.
+    Raises:
+        InvalidInput: a shape or a type is wrong.
+    """
+    if isinstance(item, str):
+        hint = "Turn texts into tokens: calibration=skipstone.tokenize(texts, tokenizer)."
+        raise InvalidInput(f"{where} is a text.", hint=hint)
+    tokens = item.get("input_ids") if isinstance(item, Mapping) else item
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+        found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise InvalidInput(f"{where} is {found}.", hint="Give token ids: integers [batch, sequence].")
+    tokens = tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise InvalidInput(f"{where} has shape {list(tokens.shape)}.", hint="Give tokens [batch, sequence].")
+    names = ("attention_mask", "labels")
+    mask, labels = (item.get(name) if isinstance(item, Mapping) else None for name in names)
+    for name, each in zip(names, (mask, labels), strict=True):
+        if each is not None and each.shape != tokens.shape:
+            raise InvalidInput(f"{where}: {name} {list(each.shape)} for tokens {list(tokens.shape)}.")
+    return tokens, mask, labels
 
 
 def program_inputs(program: Program, batch: Batch) -> list[Tensor]:
@@ -107,8 +155,7 @@ def program_inputs(program: Program, batch: Batch) -> list[Tensor]:
     known = {port.role for port in program.inputs}
     if known - set(values) or Role.TOKENS not in known:
         raise UserError(f"calibration needs a model over tokens alone, this one takes {sorted(known)}.")
-    looks_ahead = any(node.kwargs.get("kind") == Kind.BIDIRECTIONAL for node in program.nodes(*ATTENTION_OPS))
-    if looks_ahead and Role.PADDING not in known and not bool(batch.valid.all()):
+    if sees_ahead(program) and Role.PADDING not in known and not bool(batch.valid.all()):
         raise InvalidInput(
             "a calibration batch is padded, and the model has no input that says where.",
             hint="Give batches of sequences of one length.",

@@ -14,9 +14,11 @@ from skipstone.calibrate import Batch, program_inputs
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role
 from skipstone.ir.stream import note_layers
+from skipstone.objective import check_labels
 from skipstone.plan import Plan
 from skipstone.report import measure
-from skipstone.runtime.executable import Executable, TokenModel, is_causal_lm
+from skipstone.runtime.denoise import MaskedLM
+from skipstone.runtime.executable import Executable, TokenModel, is_causal_lm, is_masked_lm
 from skipstone.search import search
 
 PROMPT, NEW_TOKENS, RUNS = 64, 16, 5
@@ -30,17 +32,19 @@ UNLIMITED = 0.1
 """How far a search goes where a budget limits neither NLL nor KL: divergence in nats a token."""
 
 
-def refuse_model(program: Program) -> None:
+def refuse_model(program: Program, batches: Sequence[Batch]) -> None:
     """Refuse what a budget cannot be proved for.
 
     Raises:
-        Unsupported: the model is no causal language model.
+        Unsupported: the model predicts neither next nor masked tokens.
+        InvalidInput: the data does not say what is right to predict.
     """
-    if not is_causal_lm(program):
+    if not is_causal_lm(program) and not is_masked_lm(program):
         raise Unsupported(
-            f"a budget for {program.source.name}, which is no decoder that turns tokens into next-token logits",
+            f"a budget for {program.source.name}, which predicts neither next nor masked tokens",
             hint="Measure its executables with and without the plan yourself.",
         )
+    check_labels(program, batches)
 
 
 def candidates(program: Program, budget: Budget, batches: Sequence[Batch], progress: bool = False) -> list[Plan]:
@@ -94,7 +98,6 @@ def within(
         the executable of a plan with its certificates, or that of the empty plan; `Report.budget` says which and why.
     """
     full = build(Plan([]))
-    assert isinstance(full, TokenModel)
     said = [] if plans else ["no sublayer can be skipped within it"]
     for plan in plans:
         executable = build(plan)
@@ -114,7 +117,7 @@ def within(
 
 
 def certify(
-    full: TokenModel,
+    full: Executable,
     changed: Executable,
     budget: Budget,
     batches: Sequence[Batch],
@@ -132,7 +135,6 @@ def certify(
     """
     certificates: list[Certificate] = []
     if budget.limits:
-        assert isinstance(changed, TokenModel)
         seen = compare(lambda batch: logits(full, batch), lambda batch: logits(changed, batch), batches, progress)
         confidence = 1 - (1 - budget.confidence) / attempts
         data = data_hash(batches)
@@ -144,13 +146,16 @@ def certify(
     return tuple(certificates)
 
 
-def logits(model: TokenModel, batch: Batch) -> Tensor:
-    """Next-token logits [B, S, V] of a batch, read in one go; those of padding mean nothing."""
+def logits(model: Executable, batch: Batch) -> Tensor:
+    """Logits [B, S, V] of a batch, read in one go; those of padding mean nothing."""
+    if isinstance(model, MaskedLM):
+        return model.predict(batch.tokens, batch.valid)
+    assert isinstance(model, TokenModel)
     tokens, layout = model.prepare(batch.tokens, batch.valid)
     return model.advance(tokens, layout, layout.rows(layout.width))
 
 
-def speedup(full: TokenModel, changed: Executable, batches: Sequence[Batch]) -> float:
+def speedup(full: Executable, changed: Executable, batches: Sequence[Batch]) -> float:
     """Measured time of a decode step (without a cache: of the whole prompt) of the model over that of a plan."""
     batch = batches[0]
     room = min(each for each in (PROMPT, full.limit and full.limit - NEW_TOKENS) if each)

@@ -152,10 +152,10 @@ def _build_within(
     stages: _Stages,
 ) -> Executable:
     """The executable of the plan, or without one of what a search finds, if it is proved to keep the budget."""
-    refuse_model(captured)
     chosen_on, proved_on = hold_out(batches)
     if budget.validation is not None:
         chosen_on, proved_on = list(batches), token_batches(budget.validation, captured.source)
+    refuse_model(captured, [*chosen_on, *proved_on])
     check_data(chosen_on, proved_on)
     if len(plan):
         plans = [plan]

@@ -24,8 +24,8 @@ def measure_similarity(
     Args:
         program: without a cache.
         batches: at least one.
-        positions: for each batch, bool [B, S]: the tokens that count, of the valid ones; None for all of them. For a
-            diffusion language model they are the masked ones.
+        positions: for each batch, bool [B, S]: the tokens that count, of the valid ones; None for `Batch.counted`: of
+            masked sequences the masked tokens, else all.
         progress: show a progress bar.
     Raises:
         InvalidInput: no token counts, or the data leads to NaN or infinity.
@@ -87,7 +87,7 @@ def _before_and_after(sublayer: Sublayer, values: Mapping[fx.Node, Tensor]) -> t
 def _chosen(batches: Sequence[Batch], positions: Sequence[Tensor] | None) -> list[Tensor]:
     """The tokens that count, bool [B, S] for each batch."""
     if positions is None:
-        return [batch.valid for batch in batches]
+        return [batch.counted for batch in batches]
     if len(positions) != len(batches):
         raise InvalidInput(f"there are {len(positions)} masks of positions for {len(batches)} calibration batches.")
     for number, (batch, mask) in enumerate(zip(batches, positions, strict=True)):
