@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, pipeline
 
 from benchmarks.reference import tokenizer, train
 from benchmarks.reference.corpus import Split, corpus, files
-from benchmarks.reference.evaluate import CHECKPOINT, evaluate, windows
+from benchmarks.reference.evaluate import CHECKPOINT, evaluate, evaluate_masked, windows
 
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
@@ -117,9 +118,11 @@ def test_pipeline_generates_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert written.startswith("import ") and len(written.encode()) >= len("import ") + 8
 
 
-def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", train.OBJECTIVES)
+def test_training_goes_on_where_it_was_interrupted(objective: str, tmp_path: Path) -> None:
     """Three steps, then two more, end where five steps in one go end."""
     shape = ["--layers", "2", "--width", "32", "--batch", "2", "--length", "16", "--steps", "5", "--device", "cpu"]
+    shape += ["--objective", objective]
     whole, parts = (
         ["--out", str(tmp_path / name / "out"), "--work", str(tmp_path / name)] for name in ("whole", "parts")
     )
@@ -135,5 +138,68 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         torch.testing.assert_close(resumed[name], weight)
     state = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == 5
-    LlamaForCausalLM.from_pretrained(tmp_path / "parts" / "out")
-    assert AutoTokenizer.from_pretrained(tmp_path / "parts" / "out")("a").input_ids == [tokenizer.BEGIN, 97]
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "parts" / "out").eval()
+    written = AutoTokenizer.from_pretrained(tmp_path / "parts" / "out")
+    assert written("a").input_ids == [tokenizer.BEGIN, 97]
+    assert written.mask_token_id == (tokenizer.MASK if objective == "masked" else None)
+    before, after = (loaded(input_ids=torch.tensor([[256, 1, last]])).logits[:, 0] for last in (2, 3))
+    assert torch.equal(before, after) == (objective == "next"), "who sees later tokens"
+
+
+# -------------------------------------------------------------------------------------------- models that fill in masks
+
+
+def test_masked_loss_weighs_every_byte_alike() -> None:
+    """Of a model that knows nothing, the mean over draws is log V, and of one that knows each byte with p, -log p."""
+    generator, windows = torch.Generator().manual_seed(0), torch.arange(8 * 33).remainder(256).view(8, 33)
+    costs = torch.arange(256) / 256
+
+    def knows(input_ids: Tensor) -> SimpleNamespace:
+        """Logits under which byte b costs b / 256 nats, whatever is masked."""
+        right = torch.zeros(8, 33, 260).scatter(-1, windows.unsqueeze(-1), 1.0).bool()
+        probability = torch.exp(-costs[windows]).unsqueeze(-1).expand(right.shape)
+        return SimpleNamespace(logits=torch.where(right, probability, (1 - probability) / 259).log())
+
+    found = torch.stack([train.masked_loss(knows, windows, generator) for _ in range(150)])  # type: ignore[arg-type]
+    assert float(found.mean()) == pytest.approx(float(costs[windows[:, 1:]].mean()), rel=0.1)
+
+
+def test_masked_training_lowers_the_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = LlamaForCausalLM(train.config(layers=1, width=32, masked=True))
+    steppers, data = train.optimizers(model, 1e-2), tokenizer.encode(corpus("valid"))
+    losses = []
+    for _ in range(30):
+        loss = train.masked_loss(model, train.batch(data, 8, 32, generator, torch.device("cpu")), generator)
+        loss.backward()
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_evaluate_masked_agrees_with_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    model, samples = LlamaForCausalLM(train.config(layers=1, width=32, masked=True)).eval(), windows("valid", 5, 20)
+    seen: list[Tensor] = []
+
+    def logits(ids: Tensor) -> Tensor:
+        seen.append(ids)
+        return model(input_ids=ids).logits
+
+    for share in (None, 0.25):
+        seen.clear()
+        result = evaluate_masked(logits, samples, share, batch=2)
+        losses, hits, count = [], 0, 0
+        with torch.no_grad():
+            for shown, whole in zip(torch.cat(seen), samples, strict=True):
+                predicted, places = model(input_ids=shown[None]).logits[0], (shown == tokenizer.MASK).nonzero()[:, 0]
+                assert share is None or len(places) == 5
+                assert torch.equal(shown[shown != tokenizer.MASK], whole[shown != tokenizer.MASK])
+                nll = -predicted.double().log_softmax(-1)[places, whole[places]]
+                losses.append(float(nll.mean()))
+                hits += int((predicted.argmax(-1) == whole)[places].sum())
+                count += len(places)
+        assert result.nll == pytest.approx(sum(losses) / 5, abs=1e-5)
+        assert (result.windows, result.predicted_bytes, result.top1) == (5, count, hits / count)

@@ -1,14 +1,14 @@
 """How well a model predicts the held-out text: `python -m benchmarks.reference.evaluate DIR [--windows N]`.
 
 Any callable that turns token ids into logits can be measured, so that a model and its optimized executable are compared
-on the same windows.
+on the same windows. A model that fills in masks is measured on masked bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -20,8 +20,13 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.reference import tokenizer
 from benchmarks.reference.corpus import Split, corpus
+from skipstone.calibrate import IGNORED
+from skipstone.masking import mask_tokens
 
 CHECKPOINT = Path(__file__).parent / "stdlib-llama"
+
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Shares of masked bytes that a model that fills in masks is measured at."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +66,49 @@ def windows(split: Split, count: int, length: int) -> Tensor:
     return F.pad(text[starts[:, None] + torch.arange(length)], (1, 0), value=tokenizer.BEGIN)
 
 
-@torch.no_grad()
 def evaluate(logits_fn: Callable[[Tensor], Tensor], samples: Tensor, batch: int = 8) -> Evaluation:
     """Score next-byte predictions on `samples`, int64 [windows, length + 1], at least two windows.
 
     `logits_fn` takes token ids int64 [batch, length], the last batch may be smaller, and returns logits
     [batch, length, vocabulary] in any floating dtype.
     """
-    losses, hits = [], 0
-    for part in samples.split(batch):
-        targets = part[:, 1:]
-        logits = logits_fn(part[:, :-1]).float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().mean(1))
-        hits += int((logits.argmax(-1) == targets).sum())
+    return _score(logits_fn, ((part[:, :-1], part[:, 1:]) for part in samples.split(batch)))
+
+
+def evaluate_masked(
+    logits_fn: Callable[[Tensor], Tensor],
+    samples: Tensor,
+    share: float | None = None,
+    batch: int = 8,
+    seed: int = 0,
+) -> Evaluation:
+    """Score predictions of masked bytes on `samples`, int64 [windows, length + 1], at least two windows.
+
+    Without a share, the mean negative log-likelihood is a Monte-Carlo estimate of an upper bound of that of a byte,
+    with one mask for each window (see `skipstone.masking.mask_tokens`).
+
+    Args:
+        logits_fn: as in `evaluate`, over the whole window.
+        share: of bytes that are masked, 0 to 1; None for all numbers of them alike.
+        seed: of the masks.
+    """
+    masked = mask_tokens(samples.split(batch), tokenizer.MASK, share=share, keep=(tokenizer.BEGIN,), seed=seed)
+    return _score(logits_fn, ((part["input_ids"], part["labels"]) for part in masked))
+
+
+@torch.no_grad()
+def _score(logits_fn: Callable[[Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    """Score predictions of labels from token ids, both int64 [batch, length]."""
+    losses, hits, predicted = [], 0, 0
+    for ids, labels in parts:
+        logits, asked = logits_fn(ids).float(), labels != IGNORED
+        loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+        losses.append(loss.double().sum(1) / asked.sum(1))
+        hits += int((logits.argmax(-1) == labels).sum())
+        predicted += int(asked.sum())
     per_window = torch.cat(losses)
-    count, predicted = len(samples), samples[:, 1:].numel()
-    error = per_window.std().item() / math.sqrt(count)
-    return Evaluation(per_window.mean().item(), error, hits / predicted, count, predicted)
+    error = per_window.std().item() / math.sqrt(len(per_window))
+    return Evaluation(per_window.mean().item(), error, hits / predicted, len(per_window), predicted)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -92,7 +123,16 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     model = LlamaForCausalLM.from_pretrained(options.directory, dtype=torch.float32).eval()
     samples = windows(options.split, options.windows, options.length)
-    print(f"{options.split}: {evaluate(lambda ids: model(input_ids=ids, use_cache=False).logits, samples)}")
+
+    def logits_fn(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    if not hasattr(model.config, "mask_token_id"):
+        print(f"{options.split}: {evaluate(logits_fn, samples)}")
+        return
+    print(f"{options.split}, upper bound: {evaluate_masked(logits_fn, samples)}")
+    for share in SHARES:
+        print(f"{options.split}, {share:.0%} masked: {evaluate_masked(logits_fn, samples, share)}")
 
 
 if __name__ == "__main__":

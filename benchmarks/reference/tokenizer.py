@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 259
 BEGIN, END, PADDING = 256, 257, 258
+MASK = 259
+"""Only models that fill in masks know it: their vocabulary is one larger."""
 
 
-def build() -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers wants it; `save_pretrained` puts it beside the checkpoint.
+def build(mask: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers wants it, with or without a mask; `save_pretrained` puts it beside the checkpoint.
 
     It puts the begin token before a text, as in training, unless `add_special_tokens=False`. The names of special
     tokens that occur in a text are bytes like any others, so that the ids of a text are exactly those of `encode`.
@@ -20,6 +22,9 @@ def build() -> PreTrainedTokenizerFast:
     # The byte-level alphabet writes each byte as one printable character; without merges that character is the token.
     alphabet = {symbol: byte for byte, symbol in _byte_symbols().items()}
     special = {"<s>": BEGIN, "</s>": END, "<pad>": PADDING}
+    named = {}
+    if mask:
+        special["<mask>"], named["mask_token"] = MASK, "<mask>"
     tokenizer = Tokenizer(models.BPE(vocab=alphabet | special, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -33,6 +38,7 @@ def build() -> PreTrainedTokenizerFast:
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_max_length=512,
+        **named,
     )
 
 

@@ -1,4 +1,4 @@
-"""Train the reference model: `python -m benchmarks.reference.train [--minutes 60]`.
+"""Train the reference model: `python -m benchmarks.reference.train [--minutes 60] [--objective masked]`.
 
 The run can be interrupted and started again: it goes on from its last checkpoint. It uses a GPU when there is one.
 """
@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from benchmarks.reference.corpus import corpus
 HERE = Path(__file__).parent
 
 
+LEAST = 1e-3
+"""The smallest probability with which a byte is masked; LLaDA's."""
+
+
 @dataclass
 class Progress:
     """Where a run stands."""
@@ -34,10 +39,14 @@ class Progress:
     tokens: int = 0
 
 
-def config(layers: int = 12, width: int = 128) -> LlamaConfig:
-    """Llama shape with grouped-query attention: `layers` layers, heads of 32."""
+def config(layers: int = 12, width: int = 128, masked: bool = False) -> LlamaConfig:
+    """Llama shape with grouped-query attention: `layers` layers, heads of 32.
+
+    A model that fills in masks is the same with one token more, and every token sees all others.
+    """
+    own = {"is_causal": False, "mask_token_id": tokenizer.MASK} if masked else {}
     return LlamaConfig(
-        vocab_size=tokenizer.VOCABULARY,
+        vocab_size=tokenizer.VOCABULARY + masked,
         hidden_size=width,
         intermediate_size=width * 8 // 3 // 8 * 8,
         num_hidden_layers=layers,
@@ -50,6 +59,7 @@ def config(layers: int = 12, width: int = 128) -> LlamaConfig:
         eos_token_id=tokenizer.END,
         pad_token_id=tokenizer.PADDING,
         dtype="float32",
+        **own,
     )
 
 
@@ -73,10 +83,33 @@ def batch(data: Tensor, size: int, length: int, generator: torch.Generator, devi
     return F.pad(windows, (1, 0), value=tokenizer.BEGIN).to(device)
 
 
-def loss_of(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
-    """Mean next-byte loss in nats."""
+def next_loss(model: LlamaForCausalLM, windows: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean negative log-likelihood of the next byte, nats."""
     logits = model(input_ids=windows[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+def masked_loss(model: LlamaForCausalLM, windows: Tensor, generator: torch.Generator) -> Tensor:
+    """LLaDA's bound of the negative log-likelihood of a byte, nats (arXiv 2502.09992, equation 3).
+
+    Of a window, each byte is masked with probability t, and its loss weighs 1/t. The t are uniform between `LEAST` and
+    1; those of a batch are spread evenly, which lowers the variance and not the mean (MDLM, arXiv 2406.07524).
+    """
+    text = windows[:, 1:]
+    spread = (torch.arange(len(text)) + torch.rand(1, generator=generator)) / len(text)
+    share = (LEAST + (1 - LEAST) * spread).unsqueeze(1)
+    masked = (torch.rand(text.shape, generator=generator) < share).to(text.device)
+    shown = torch.cat([windows[:, :1], text.masked_fill(masked, tokenizer.MASK)], dim=1)
+    logits = model(input_ids=shown).logits[:, 1:]
+    losses = F.cross_entropy(logits[masked].float(), text[masked], reduction="none")
+    return (losses / share.to(text.device).expand_as(text)[masked]).sum() / text.numel()
+
+
+OBJECTIVES: dict[str, Callable[[LlamaForCausalLM, Tensor, torch.Generator], Tensor]] = {
+    "next": next_loss,
+    "masked": masked_loss,
+}
+"""The loss of windows int64 [size, length + 1], by name; random numbers come from the generator, on the CPU."""
 
 
 def schedule(share: float) -> float:
@@ -91,7 +124,7 @@ def export(model: LlamaForCausalLM, directory: Path) -> None:
     half.load_state_dict(model.state_dict())
     half.config.dtype = torch.bfloat16
     half.save_pretrained(scratch)
-    tokenizer.build().save_pretrained(scratch)
+    tokenizer.build(mask=hasattr(model.config, "mask_token_id")).save_pretrained(scratch)
     directory.mkdir(parents=True, exist_ok=True)
     for file in scratch.iterdir():
         os.replace(file, directory / file.name)
@@ -112,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="length of the run; it decides the schedule")
     parser.add_argument("--steps", type=int, help="length of the run in steps, instead of minutes")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="next", help="what the model learns to predict")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
@@ -127,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if options.device == "auto" else options.device)
-    model = LlamaForCausalLM(config(options.layers, options.width)).to(device)
+    model = LlamaForCausalLM(config(options.layers, options.width, options.objective == "masked")).to(device)
     model.train()
     steppers, generator, progress = optimizers(model, options.rate), torch.Generator().manual_seed(0), Progress()
     checkpoint = options.work / "checkpoint.pt"
@@ -159,7 +193,8 @@ def main(arguments: list[str] | None = None) -> None:
                 for group in stepper.param_groups:
                     group["lr"] = options.rate * schedule(share)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = loss_of(model, batch(data, options.batch, options.length, generator, device))
+                windows = batch(data, options.batch, options.length, generator, device)
+                loss = OBJECTIVES[options.objective](model, windows, generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for stepper in steppers:
