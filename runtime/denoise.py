@@ -21,7 +21,11 @@ Remasking = Literal["low_confidence", "random"]
 
 
 class MaskedLM(Executable):
-    """A model that fills in masks: tokens in, logits of the token at each place out."""
+    """A model that fills in masks: tokens in, logits of the token at each place out.
+
+    Models that were made from autoregressive ones may predict each token at the place before it, as Dream does; what
+    `denoise` writes with them means nothing.
+    """
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Raise Unsupported: tokens are not written one after another here."""

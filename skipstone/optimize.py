@@ -66,7 +66,8 @@ def optimize(
         plan: the rewrites; None or an empty plan changes nothing but the way it runs.
         calibration: token batches that static scales and the conditioning of keys and values are measured on: integer
             tensors [B, S], or mappings with `input_ids` and `attention_mask`. A plan that was calibrated before brings
-            its own numbers. Texts become token batches with `skipstone.tokenize`.
+            its own numbers. Texts become token batches with `skipstone.tokenize`, and those of a model that fills in
+            masks get some with `skipstone.mask_tokens`.
         budget: what the plan may cost, proved on data that it was not chosen on. Without a plan, the sublayers to skip
             are searched for. Where nothing is proved to keep it, or nothing gets faster, the model is unchanged.
         target: ``"onnxruntime"`` (what ``"auto"`` takes on a CPU) or ``"eager"``, the reference interpreter.

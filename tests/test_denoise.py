@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EuroBertConfig, EuroBertForMaskedLM
+from transformers import EuroBertConfig, EuroBertForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import skipstone
 from skipstone.errors import InvalidInput, Unsupported
@@ -214,6 +215,46 @@ def test_an_optimized_model_writes_the_same_on_onnx_runtime() -> None:
     prompt, mask = text(2, 5), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
     found = opt.denoise(input_ids=prompt, attention_mask=mask, length=6, steps=3)
     assert torch.equal(found, executable("llada").denoise(prompt, mask, length=6, steps=3))
+
+
+class Published(PreTrainedModel):
+    """What matters of the classes that LLaDA is published with: they claim to generate, and branch on their mask."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.model = Plain()
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.3)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed
+
+    def can_generate(self) -> bool:
+        return True
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> CausalLMOutputWithPast:
+        if attention_mask is not None and 0.0 in attention_mask:
+            raise NotImplementedError
+        return CausalLMOutputWithPast(logits=self.model(input_ids)["logits"])
+
+
+def test_published_code_is_taken_with_an_example_of_its_tokens() -> None:
+    published = Published(PreTrainedConfig(mask_token_id=MASK, vocab_size=VOCABULARY)).eval()
+    example = {"input_ids": text(2, 7)}
+    opt = skipstone.optimize(published, target="eager", example_inputs=example, progress=False)
+    prompt, row = text(1, 4), [*text(1, 4)[0].tolist(), MASK]
+    logits = published(torch.tensor([row])).logits[0, -1]
+    assert opt.denoise(prompt, length=1)[0, -1] == int(logits[:MASK].argmax())
 
 
 @pytest.mark.parametrize(
