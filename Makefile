@@ -1,14 +1,16 @@
 # Each target alone sets up the environment on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
+# A file's tests share what they capture, so they stay together.
+WORKERS := -n 2 --dist loadfile
 
 .PHONY: demo test test-all lint bench clean
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-all: lint
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q $(WORKERS) -m "not gpu"
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo

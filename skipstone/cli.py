@@ -123,7 +123,7 @@ def _optimize(arguments: argparse.Namespace) -> None:
 
     if arguments.measure and arguments.prompt is None:
         raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
-    plan = _plan(arguments)
+    plan, budget = _plan(arguments), arguments.budget and Budget(**dict([arguments.budget]))
     model = load_model(arguments.model, arguments.trust_remote_code)
     tokens = calibration = None
     tokenizer: Any = None
@@ -139,7 +139,7 @@ def _optimize(arguments: argparse.Namespace) -> None:
         model,
         plan,
         calibration=calibration,
-        budget=arguments.budget and Budget(**dict([arguments.budget])),
+        budget=budget,
         target=arguments.target,
         threads=arguments.threads,
     )

@@ -12,8 +12,9 @@ TEST_DATA = "SKIPSTONE_TEST_DATA"
 
 
 def pytest_configure() -> None:
-    """Give torch at most two threads, so that results and times do not follow the size of the machine."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    """Give torch two threads, or one beside other workers, whatever the size of the machine."""
+    alone = os.environ.get("PYTEST_XDIST_WORKER") is None
+    torch.set_num_threads(min(2 if alone else 1, os.cpu_count() or 1))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

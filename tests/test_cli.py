@@ -136,6 +136,8 @@ def test_optimize_generates_and_measures(capsys, checkpoint: str, target: str):
         (["optimize", "tiny_models:llama", "--kv", "int8"], "no calibration data"),
         (["optimize", "tiny_models:llama", "--kv", "int9"], "no cache format 'int9'"),
         (["optimize", "tiny_models:llama", "--kv", "int8:head"], "granularity"),
+        (["optimize", "tiny_models:llama", "--budget", "nll=0.1"], "no data to choose sublayers on"),
+        (["optimize", "no_such_module:make", "--budget", "top1=2"], "top1 is 2.0"),
         (["optimize", "tiny_models:llama", "--skip-layers", "1,1"], "1 is given twice"),
         (["optimize", "tiny_models:llama", "--skip-layers", "7"], "layers 0 to 2"),
         (["optimize", "tiny_models:llama", "--prompt", "a"], "has no tokenizer"),
@@ -177,6 +179,8 @@ def test_each_family_of_errors_has_its_exit_code(capsys, monkeypatch, error, exp
         ["optimize", "x", "--threads", "two"],
         ["optimize", "x", "--max-new-tokens", "-1"],
         ["optimize", "x", "--skip-layers", "1,b"],
+        ["optimize", "x", "--budget", "loss=1"],
+        ["optimize", "x", "--budget", "nll"],
     ],
 )
 def test_usage_errors_are_exit_code_2(capsys, arguments):
@@ -229,3 +233,15 @@ def test_a_quantized_cache(checkpoint: str, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
     assert main(["optimize", checkpoint, "--kv", "int8", "--calibration", "no.txt", *options]) == 2
     assert "Cannot read the calibration text" in capsys.readouterr().err
+
+
+def test_a_plan_under_a_budget(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("skipstone.certify.speedup", lambda *_: 1.5)  # whatever the machine is busy with
+    (tmp_path / "text.txt").write_text("some words to choose and to prove on, " * 140)
+    options = ["--calibration", str(tmp_path / "text.txt"), "--target", "eager"]
+    assert main(["optimize", checkpoint, "--budget", "kl=10", "--skip-ffn", "1", *options]) == 0
+    assert "kl: " in (out := capsys.readouterr().out) and "<= 10" in out
+    assert main(["optimize", checkpoint, "--budget", "kl=0", "--skip-layers", "0", *options]) == 0
+    assert "the model is unchanged" in capsys.readouterr().out
