@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipstone.budget import Budget, Certificate, Comparison, compare, data_hash
-from skipstone.calibrate import Batch, program_inputs
+from skipstone.calibrate import IGNORED, Batch, program_inputs
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role
 from skipstone.ir.stream import note_layers
@@ -134,10 +134,12 @@ def certify(
         InvalidInput: the data does not suffice for a bound.
     """
     certificates: list[Certificate] = []
+    data = data_hash(batches)
+    if _decides_in_decoding(changed):
+        batches = [_behind_prompts(batch) for batch in batches]
     if budget.limits:
         seen = compare(lambda batch: logits(full, batch), lambda batch: logits(changed, batch), batches, progress)
         confidence = 1 - (1 - budget.confidence) / attempts
-        data = data_hash(batches)
         for metric, limit in budget.limits.items():
             certificates.append(seen.certificate(metric, limit, confidence, data, changed.target))
     if budget.evaluate is not None and budget.max_drop is not None:
@@ -147,12 +149,36 @@ def certify(
 
 
 def logits(model: Executable, batch: Batch) -> Tensor:
-    """Logits [B, S, V] of a batch, read in one go; those of padding mean nothing."""
+    """Logits [B, S, V] of a batch, read in one go; those of padding mean nothing.
+
+    Where a program decides token by token what to skip, the first half of each sequence counts as its prompt, and the
+    rest as decoded: that gives what decoding step by step gives.
+    """
     if isinstance(model, MaskedLM):
         return model.predict(batch.tokens, batch.valid)
     assert isinstance(model, TokenModel)
     tokens, layout = model.prepare(batch.tokens, batch.valid)
-    return model.advance(tokens, layout, layout.rows(layout.width))
+    cache = None
+    if _decides_in_decoding(model):
+        cache = model.new_cache(len(tokens), layout.width, spare=0)
+        cache.decode_start = _prompts(batch).to(model.device)
+    return model.advance(tokens, layout, layout.rows(layout.width), cache=cache)
+
+
+def _decides_in_decoding(model: Executable) -> bool:
+    """Whether decoded tokens are computed in another way than those of the prompt."""
+    return model.program.input(Role.DECODE_START) is not None
+
+
+def _prompts(batch: Batch) -> Tensor:
+    """int64 [B]: the first half of each sequence."""
+    return (batch.valid.sum(dim=1) + 1) // 2
+
+
+def _behind_prompts(batch: Batch) -> Batch:
+    """The batch with nothing to predict inside of the prompts."""
+    inside = torch.arange(batch.tokens.shape[1]) < _prompts(batch).unsqueeze(1)
+    return replace(batch, labels=batch.targets.masked_fill(inside, IGNORED))
 
 
 def speedup(full: Executable, changed: Executable, batches: Sequence[Batch]) -> float:

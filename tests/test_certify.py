@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import skipstone
-from skipstone import Budget, Executable, Plan, SkipSublayers
+from skipstone import Budget, Executable, Plan, SkipFFNAdaptive, SkipSublayers
 from skipstone.budget import compare
 from skipstone.calibrate import Batch
 from skipstone.certify import candidates, certify, logits, speedup, within
@@ -121,6 +122,24 @@ def test_padding_does_not_change_a_certificate() -> None:
     (one,), (two,) = (certify(*pair, Budget(kl=1.0), each) for each in (rows, padded))
     assert (one.data, one.tokens) == (two.data, two.tokens)
     assert one.bound == pytest.approx(two.bound, rel=1e-4)
+
+
+def test_what_skips_in_decoding_is_certified_in_decoding() -> None:
+    """Token by token behind the first half, and there alone: read as a prompt, the sequences would cost nothing."""
+    always = SkipFFNAdaptive(threshold=-1.0, cold_start=0, cold_end=0, warmup_tokens=0, max_share=1.0)
+    full, skipping, idle = (build(Plan(each)) for each in ([], [always], [replace(always, threshold=2.0)]))
+    (found,) = certify(full, skipping, Budget(kl=0.0), batches())
+    total = 0.0
+    for given in batches():
+        exact = full(input_ids=given.tokens).logits.double().log_softmax(-1)
+        _, cache = skipping.prefill(given.tokens[:, :6])
+        for at in range(6, 11):
+            changed = skipping.decode(given.tokens[:, at], cache).double().log_softmax(-1)
+            total += float((exact[:, at].exp() * (exact[:, at] - changed)).sum())
+    assert found.tokens == 20 * 5
+    assert found.value == pytest.approx(total / 100, rel=1e-4) and found.value > 1e-3
+    (found,) = certify(full, idle, Budget(kl=0.0), batches())
+    assert (found.tokens, found.value) == (100, 0.0)
 
 
 def test_speed_is_measured() -> None:
