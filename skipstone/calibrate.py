@@ -23,6 +23,9 @@ from skipstone.runtime.executable import Layout, sees_ahead
 ERROR_TOKENS = 512
 """Tokens of the first calibration batch on which the error of a format is estimated."""
 
+JOINED_TOKENS = 4096
+"""Size up to which batches are joined: enough to keep a processor busy, little to hold the logits of."""
+
 IGNORED = -100
 """The label of a position at which nothing is asked for, as in transformers and `torch.nn.functional.cross_entropy`."""
 
@@ -115,6 +118,27 @@ def token_batches(data: CalibrationData, source: Source) -> list[Batch]:
     if not batches:
         raise InvalidInput("the calibration data is empty.", hint="Give at least one batch of tokens.")
     return batches
+
+
+def joined(batches: Sequence[Batch], tokens: int = JOINED_TOKENS) -> list[Batch]:
+    """The same sequences in the same order, in fewer batches: neighbours of one width become one.
+
+    Args:
+        tokens: a batch gets no larger than this by it, padding included.
+    """
+    result: list[Batch] = []
+    for batch in batches:
+        last = result[-1] if result else None
+        if last is not None and _fit(last, batch) and last.tokens.numel() + batch.tokens.numel() <= tokens:
+            pairs: Any = zip(vars(last).values(), vars(batch).values(), strict=True)
+            result[-1] = Batch(*(None if one is None else torch.cat((one, other)) for one, other in pairs))
+        else:
+            result.append(batch)
+    return result
+
+
+def _fit(one: Batch, other: Batch) -> bool:
+    return one.tokens.shape[1] == other.tokens.shape[1] and (one.labels is None) == (other.labels is None)
 
 
 def read_item(item: Tensor | Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor | None, Tensor | None]:

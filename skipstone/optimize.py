@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from skipstone.budget import Budget, check_data, hold_out
-from skipstone.calibrate import Batch, CalibrationData, estimate_errors, measure, token_batches
+from skipstone.calibrate import Batch, CalibrationData, estimate_errors, joined, measure, token_batches
 from skipstone.certify import candidates, refuse_model, within
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
@@ -158,6 +158,7 @@ def _build_within(
         chosen_on, proved_on = list(batches), token_batches(budget.validation, captured.source)
     refuse_model(captured, [*chosen_on, *proved_on])
     check_data(chosen_on, proved_on)
+    chosen_on, proved_on = joined(chosen_on), joined(proved_on)
     if len(plan):
         plans = [plan]
     else:

@@ -21,7 +21,7 @@ from skipstone.budget import (
     hold_out,
     student_quantile,
 )
-from skipstone.calibrate import Batch
+from skipstone.calibrate import Batch, joined
 from skipstone.errors import InvalidInput, InvalidPlan, UserError
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
@@ -167,6 +167,15 @@ def test_overlaps_are_refused_whatever_the_padding() -> None:
 def test_too_little_data_is_refused(proved_on: list[Batch]) -> None:
     with pytest.raises(InvalidInput, match=f"there are {len(proved_on)}"):
         check_data([], proved_on)
+
+
+def test_joined_batches_hold_the_same_sequences_in_order() -> None:
+    given = [batch([[1, 2, 3]]), batch([[4, 5, 0], [6, 7, 8]], counts=[2, 3]), batch([[9, 9]]), batch([[1, 1, 1]])]
+    for tokens, sizes in ((100, [3, 1, 1]), (9, [3, 1, 1]), (8, [1, 2, 1, 1])):
+        found = joined(given, tokens)
+        assert [len(each.tokens) for each in found] == sizes
+        assert sequences(found) == sequences(given)
+        assert data_hash(found) == data_hash(given)
 
 
 def test_the_hash_is_of_the_valid_tokens() -> None:
