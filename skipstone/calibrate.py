@@ -131,7 +131,8 @@ def joined(batches: Sequence[Batch], tokens: int = JOINED_TOKENS) -> list[Batch]
         last = result[-1] if result else None
         if last is not None and _fit(last, batch) and last.tokens.numel() + batch.tokens.numel() <= tokens:
             pairs: Any = zip(vars(last).values(), vars(batch).values(), strict=True)
-            result[-1] = Batch(*(None if one is None else torch.cat((one, other)) for one, other in pairs))
+            parts: list[Any] = [None if one is None else torch.cat((one, other)) for one, other in pairs]
+            result[-1] = Batch(*parts)
         else:
             result.append(batch)
     return result
