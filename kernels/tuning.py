@@ -32,7 +32,7 @@ class Tile:
 
 
 # Products of float32 numbers are three of their halves, which takes the registers of more rows.
-FLOAT32 = Tile(16, 16, 4, 2)
+FLOAT32 = Tile(16, 16, 8, 2)
 
 
 def decode_tile(call: Call) -> Tile:
