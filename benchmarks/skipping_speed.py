@@ -1,18 +1,19 @@
 """What skipping saves on the 110-million-parameter model of `benchmarks.decode`, in ONNX Runtime.
 
 Static: measured steps against what the cost model predicts, which is the measured step of the whole model less the
-roofline time of what is left out. Adaptive: gates that never fire, and gates that let every token skip half of the
-FFNs. Batch 1, best of one and two threads. Second part of `benchmarks.skipping`.
+roofline time of what is left out, at the bandwidth measured in the same run. Adaptive: gates that never fire, and gates
+that let every token skip half of the FFNs. Batch 1, best of one and two threads. Second part of `benchmarks.skipping`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from benchmarks.decode import PROMPT, THREADS, make_model, steps
-from benchmarks.harness import Row, Samples, take_turns
+from benchmarks.decode import FLOOR_BUFFER, PROMPT, THREADS, make_model, steps
+from benchmarks.harness import Row, Samples, read_floor, take_turns
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.device import measure_cpu
 from skipstone.ir.stream import find_stream, note_layers
@@ -54,16 +55,24 @@ def speed(quick: bool) -> list[Row]:
     ]
 
 
+def bandwidth(threads: int) -> float:
+    """Bytes a second that reading memory takes at best."""
+    torch.set_num_threads(threads)
+    buffer = torch.ones(FLOOR_BUFFER // 4)
+    return FLOOR_BUFFER / min(read_floor(buffer, FLOOR_BUFFER) for _ in range(5))
+
+
 def predicted(model: torch.nn.Module, times: Mapping[str, Samples]) -> list[Row]:
     """Predicted over measured time of a step without sublayers of each kind."""
     program = capture_huggingface(model)  # type: ignore[arg-type]
     note_layers(program)
     stream, full = find_stream(program), times["full"]
+    profile = replace(measure_cpu(full.best_threads), bandwidth=bandwidth(full.best_threads))
     rows = []
     for kind, layers in STATIC.items():
         unit = "layer" if kind == "layers" else kind
         units = Space(kinds=(unit,), protected=()).units(stream)  # type: ignore[arg-type]
-        saved = unit_milliseconds(program, units, measure_cpu(full.best_threads), context=PROMPT)
+        saved = unit_milliseconds(program, units, profile, context=PROMPT)
         prediction = full.median * 1e3 - sum(saved[Unit(unit, layer)] for layer in layers)  # type: ignore[arg-type]
         measured = times[f"without_{kind}"]
         rows.append(
