@@ -28,8 +28,8 @@ class SkipFFNAdaptive(Pass):
     A token walks through the layers. Once an FFN of a warm layer leaves it nearly as it was, it skips the FFNs of the
     following warm layers; FFN-SkipLLM (arXiv 2404.03865). Nearly: the cosine of the stream before the FFN and after its
     result was added reaches the threshold. The paper publishes neither thresholds nor boundaries, and not every model
-    has FFNs that leave tokens as they are: prove the settings with a budget. Prompts are always read in full, and
-    attention always runs, so that the cache is complete.
+    has FFNs that leave tokens as they are: find settings on data with `skipstone.adaptive`, and prove them with a
+    budget. Prompts are always read in full, and attention always runs, so that the cache is complete.
 
     A gate gives zeros in the rows that skip. Rows that do not are computed together with all others, exactly as without
     gates; where every row skips, the FFN with its norm is not computed and its weights are not read

@@ -57,7 +57,7 @@ def similarity_by_mask_ratio(
     evaluator = Evaluator(program)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     ends = [*(stream.layer(number)[0].stream for number in range(stream.layers)), stream.exit]
-    wanted = {*ends, *(node for each in stream.sublayers for node in _compared(each))}
+    wanted = {*ends, *(node for each in stream.sublayers for node in compared(each))}
     work = zip(batches, chosen, strict=True)
     for batch, counted in tqdm(work, "calibrate similarity", len(batches), disable=not progress, leave=False):
         known = dict(zip(placeholders, program_inputs(program, batch), strict=True))
@@ -69,18 +69,18 @@ def similarity_by_mask_ratio(
             if not bool(rows.any()):
                 continue
             part = {node: value[rows] for node, value in values.items()}
-            pairs = [_before_and_after(each, part) for each in stream.sublayers]
+            pairs = [before_and_after(each, part) for each in stream.sublayers]
             found[number] = found[number].merge(Similarity.of(pairs, [part[node] for node in ends]))
     return tuple(found)
 
 
-def _compared(sublayer: Sublayer) -> tuple[fx.Node, fx.Node]:
+def compared(sublayer: Sublayer) -> tuple[fx.Node, fx.Node]:
     """The stream, and what says how it is afterwards: of sublayers side by side, the branch of this one alone."""
     return sublayer.stream, sublayer.branch if sublayer.parallel else sublayer.add
 
 
-def _before_and_after(sublayer: Sublayer, values: Mapping[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
-    before, other = (values[node] for node in _compared(sublayer))
+def before_and_after(sublayer: Sublayer, values: Mapping[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
+    before, other = (values[node] for node in compared(sublayer))
     return before, before + other if sublayer.parallel else other
 
 

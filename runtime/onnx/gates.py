@@ -35,7 +35,7 @@ def expand(model: ir.Model) -> None:
         prefix = str(gate.outputs[0].name)
         tape = BranchTape(prefix)
         if skip not in everywhere:
-            everywhere[skip] = _is_true_everywhere(tape, skip)
+            everywhere[skip] = tape.op("ReduceMin", [skip], {"keepdims": 0})
         computed, skipped = (BranchTape(f"{prefix}.{branch}") for branch in ("computed", "skipped"))
         rows = computed.op("Unsqueeze", [skip, computed.integers(-1)])
         cleared = computed.op("Where", [rows, computed.number(0.0), x])
@@ -50,12 +50,6 @@ def expand(model: ir.Model) -> None:
             node.metadata_props.update(gate.metadata_props)
         ir.convenience.replace_nodes_and_values(graph, gate, [gate], nodes, gate.outputs, [result])
     graph.opset_imports.pop(_DOMAIN, None)
-
-
-def _is_true_everywhere(tape: BranchTape, skip: ir.Value) -> ir.Value:
-    """A bool of one element; ONNX reduces numbers only."""
-    numbers = tape.op("Cast", [skip], {"to": ir.DataType.INT32})
-    return tape.op("Cast", [tape.op("ReduceMin", [numbers], {"keepdims": 0})], {"to": ir.DataType.BOOL})
 
 
 def _zeros(tape: BranchTape, skip: ir.Value, width: int) -> ir.Value:
