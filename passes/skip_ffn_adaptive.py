@@ -88,7 +88,7 @@ class SkipFFNAdaptive(Pass):
                 f"{max(last - self.cold_start, 0)} of {layers} layers are warm.",
                 hint="It needs two at least: the first one decides about the next. Lower cold_start or cold_end.",
             )
-        if self._limit(layers) == 0:
+        if self.limit(layers) == 0:
             hint = f"The smallest share that has an effect is {1 / layers:.3g}."
             raise InvalidPlan(f"{self.name}: max_share {self.max_share} of {layers} layers is no layer.", hint=hint)
         warm = [
@@ -105,14 +105,14 @@ class SkipFFNAdaptive(Pass):
             raise Unsupported(f"{self.name} with {found}{why}", where=where, hint="Remove it from the plan.")
         return gated, reasons
 
-    def _limit(self, layers: int) -> int:
-        """How many FFNs a token skips at most."""
+    def limit(self, layers: int) -> int:
+        """How many FFNs a token skips at most, in a model of so many layers."""
         return math.floor(self.max_share * layers + _ROUNDING)
 
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""
         layers = _layers(program, find_stream(program))
-        limit = self._limit(layers)
+        limit = self.limit(layers)
         warm, refused = self._warm(program)
         start: Any = program.input(Role.START)
         starts = start, program.add_input(Port("decode_start", Role.DECODE_START), start.meta["val"].clone())

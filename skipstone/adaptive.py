@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from skipstone.calibrate import Batch, program_inputs
 from skipstone.ir.dialect import GATE
-from skipstone.ir.errors import InvalidInput, Unsupported
+from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported
 from skipstone.ir.gates import cosine
 from skipstone.ir.program import Port, Program, Role
 from skipstone.ir.stream import SublayerKind, find_stream
@@ -19,7 +19,7 @@ from skipstone.replay import Evaluator
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import TokenModel
 from skipstone.runtime.session import step_inputs
-from skipstone.similarity import before_and_after, compared
+from skipstone.similarity import before_and_after, compared, refuse_stream
 
 CANDIDATES = 200
 """Thresholds that are tried, at equal steps of the distribution of cosines."""
@@ -49,9 +49,14 @@ def calibrate_adaptive_ffn(
             layers before the first one that is not, and behind the last, stay cold.
         warmup_tokens, max_share: as in the result.
     Raises:
-        InvalidInput: there is no token.
+        InvalidPlan: a setting of the result would be refused, or the share is not in (0, max_share].
+        InvalidInput, Unsupported: as `ffn_cosines`.
         Unsupported: no such threshold reaches the share; the message gives the cosines.
     """
+    entry = SkipFFNAdaptive(warmup_tokens=warmup_tokens, max_share=max_share)
+    entry.validate()
+    if not 0 < share <= max_share:
+        raise InvalidPlan(f"share is {share}, expected more than 0 and at most max_share, {max_share}.")
     layers, (numbers, cosines) = find_stream(program).layers, ffn_cosines(program, batches)
     best, highest = 0.0, cosines[cosines >= saturated].double().sort().values
     steps = torch.linspace(1, 0, CANDIDATES, dtype=torch.float64)
@@ -60,11 +65,11 @@ def calibrate_adaptive_ffn(
         if len(warm) < 2:
             continue
         first, last = warm[0], warm[-1]
-        skipped = _skipped(cosines[first : last + 1] >= threshold, math.floor(max_share * layers)) / layers
+        skipped = _skipped(cosines[first : last + 1] >= threshold, entry.limit(layers)) / layers
         best = max(best, skipped)
         if skipped >= share:
-            cold = {"cold_start": numbers[first], "cold_end": layers - 1 - numbers[last]}
-            return SkipFFNAdaptive(threshold, **cold, warmup_tokens=warmup_tokens, max_share=max_share)
+            cold_start, cold_end = numbers[first], layers - 1 - numbers[last]
+            return replace(entry, threshold=threshold, cold_start=cold_start, cold_end=cold_end)
     means = ", ".join(f"{layer}: {mean:.3f}" for layer, mean in zip(numbers, cosines.mean(dim=1).tolist(), strict=True))
     raise Unsupported(
         f"adaptive FFN skipping of {share:.0%} of the FFNs of {program.source.name}: from a cosine of {saturated} on, "
@@ -79,19 +84,25 @@ def ffn_cosines(program: Program, batches: Sequence[Batch]) -> tuple[list[int], 
     Returns:
         the layers that have an FFN, and the cosines of the stream before and after each, [layers, tokens].
     Raises:
-        InvalidInput: there is no token.
+        InvalidInput: there is no FFN or no token, or the data leads to NaN or infinity.
+        Unsupported: the program has no residual stream [B, S, hidden].
     """
-    ffns = [each for each in find_stream(program).sublayers if each.kind is SublayerKind.FFN]
+    stream = find_stream(program)
+    refuse_stream(program, stream)
+    ffns = [each for each in stream.sublayers if each.kind is SublayerKind.FFN]
+    if not ffns or not batches:
+        raise InvalidInput("there is no FFN, or no token, to take cosines of.")
     evaluator, found = Evaluator(program), []
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     for batch in batches:
         known = dict(zip(placeholders, program_inputs(program, batch), strict=True))
         values = evaluator.compute({node for each in ffns for node in compared(each)}, known)
-        cosines = [cosine(*before_and_after(each, values)) for each in ffns]
-        found.append(torch.stack([each.cpu()[batch.valid] for each in cosines]))
-    if not ffns or not sum(each.shape[1] for each in found):
-        raise InvalidInput("there is no FFN, or no token, to take cosines of.")
-    return [each.layer for each in ffns], torch.cat(found, dim=1)
+        pairs = (before_and_after(each, values) for each in ffns)
+        found.append(torch.stack([cosine(*pair).cpu()[batch.valid] for pair in pairs]))
+    cosines = torch.cat(found, dim=1)
+    if not bool(torch.isfinite(cosines).all()):
+        raise InvalidInput("the calibration data leads to a stream with NaN or infinity.")
+    return [each.layer for each in ffns], cosines
 
 
 def _skipped(met: Tensor, limit: int) -> float:

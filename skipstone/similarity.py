@@ -51,7 +51,7 @@ def similarity_by_mask_ratio(
         of no token where there is none.
     """
     stream = find_stream(program)
-    _refuse_stream(program, stream)
+    refuse_stream(program, stream)
     chosen = _chosen(batches, positions)
     found = [Similarity.empty(len(stream.sublayers), stream.layers)] * buckets
     evaluator = Evaluator(program)
@@ -80,6 +80,7 @@ def compared(sublayer: Sublayer) -> tuple[fx.Node, fx.Node]:
 
 
 def before_and_after(sublayer: Sublayer, values: Mapping[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
+    """The stream before and after a sublayer, from the values of the nodes in `compared`."""
     before, other = (values[node] for node in compared(sublayer))
     return before, before + other if sublayer.parallel else other
 
@@ -99,8 +100,12 @@ def _chosen(batches: Sequence[Batch], positions: Sequence[Tensor] | None) -> lis
     return [batch.valid & mask for batch, mask in zip(batches, positions, strict=True)]
 
 
-def _refuse_stream(program: Program, stream: ResidualStream) -> None:
-    """Refuse a stream in which a token is not a vector in its own row."""
+def refuse_stream(program: Program, stream: ResidualStream) -> None:
+    """Refuse a stream in which a token is not a vector in its own row.
+
+    Raises:
+        Unsupported: it is such a stream, or one whose sublayers cannot be compared one by one.
+    """
     tokens = program.input(Role.TOKENS)
     shape = stream.entry.meta["val"].shape
     if tokens is None or len(shape) != 3 or list(map(str, shape[:2])) != list(map(str, tokens.meta["val"].shape)):
