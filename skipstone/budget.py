@@ -154,16 +154,18 @@ class Comparison:
     def certificate(self, metric: str, limit: float, confidence: float, data: str, target: str) -> Certificate:
         """The figure of a metric and its bound, from at least two sequences.
 
+        A figure is infinite where the rewritten form rules out what the model, or the text, does not.
+
         Raises:
-            InvalidInput: a prediction is not finite.
+            InvalidInput: a prediction is NaN.
         """
         value, error = METRICS[metric](self)
-        if not math.isfinite(value):
+        if math.isnan(value):
             raise InvalidInput(
                 f"budget: {metric} on the validation data is {value}.", hint="Look at the model's logits."
             )
         sequences, tokens = len(self.tokens), int(self.tokens.sum())
-        margin = student_quantile(confidence, sequences - 1) * error
+        margin = 0.0 if math.isinf(value) else student_quantile(confidence, sequences - 1) * error
         if metric == "top1":
             if value == 1.0:  # no spread to estimate from: the exact bound for no disagreement in so many trials
                 margin = 1 - (1 - confidence) ** (1 / tokens)

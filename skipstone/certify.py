@@ -183,10 +183,11 @@ def _behind_prompts(batch: Batch) -> Batch:
 
 def speedup(full: Executable, changed: Executable, batches: Sequence[Batch]) -> float:
     """Measured time of a decode step (without a cache: of the whole prompt) of the model over that of a plan."""
+    room = PROMPT + NEW_TOKENS if full.limit is None else min(PROMPT + NEW_TOKENS, full.limit)
+    new_tokens = min(NEW_TOKENS, room // 2)
     batch = batches[0]
-    room = min(each for each in (PROMPT, full.limit and full.limit - NEW_TOKENS) if each)
-    prompt = batch.tokens[:1, : int(batch.valid[0].sum())][:, :room]
-    times = measure({"full": full, "changed": changed}, prompt, NEW_TOKENS, RUNS)  # type: ignore[dict-item]
+    prompt = batch.tokens[:1, : int(batch.valid[0].sum())][:, : room - new_tokens]
+    times = measure({"full": full, "changed": changed}, prompt, new_tokens, RUNS)  # type: ignore[dict-item]
     before, after = (times[name].decode_ms or times[name].prefill_ms for name in ("full", "changed"))
     return before / after
 

@@ -131,7 +131,7 @@ def optimize(
             config=getattr(model, "config", None),
             generation_config=getattr(model, "generation_config", None),
             report=report,
-            plan=replace(plan, model=captured.source.fingerprint, tensors=program.calibration),
+            plan=_carried_out(plan, program, bool(batches)),
             target=target,
             threads=threads,
             max_length=max_length,
@@ -165,6 +165,12 @@ def _build_within(
         with stages("search"):
             plans = candidates(captured, budget, chosen_on, stages.progress)
     return within(lambda each: build(each, chosen_on), plans, budget, proved_on, stages.progress)
+
+
+def _carried_out(plan: Plan, program: Program, calibrated: bool) -> Plan:
+    """The plan for this model, with what was calibrated for it; scales measured anew are not those that were proved."""
+    proved = () if calibrated else plan.certificates
+    return replace(plan, model=program.source.fingerprint, tensors=program.calibration, certificates=proved)
 
 
 def _model_output(outputs: dict[str, Tensor]) -> ModelOutput:

@@ -56,12 +56,8 @@ def one_thread() -> Iterator[None]:
 def model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     if name == "deep":  # six layers, of which a quarter of the FFNs is one and a half
-        config = LlamaConfig(
-            vocab_size=models.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=6,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.2,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).eval().to(dtype)
+        sizes = models._SIZES | {"num_hidden_layers": 6, "initializer_range": 0.2}
+        return LlamaForCausalLM(LlamaConfig(**sizes)).eval().to(dtype)
     other = models._BUILDERS[name]().eval().to(dtype)
     other.set_experts_implementation("eager")  # transformers' faster form has no float64
     return other

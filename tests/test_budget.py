@@ -126,7 +126,18 @@ def test_bounds_hold_as_often_as_they_say(metric: str, limit: float) -> None:
     assert 0.87 <= held / draws <= 0.93
 
 
-def test_figures_that_are_not_finite_prove_nothing() -> None:
+def test_what_becomes_impossible_costs_without_limit() -> None:
+    """A figure, that no budget allows: not an error of the data."""
+    given = batch([[0, 1, 2], [2, 1, 0]])
+    changed = torch.zeros(2, 3, 3)
+    changed[0, 0, 1] = -torch.inf
+    seen = Comparison.of(torch.zeros(2, 3, 3), changed, given)
+    for metric in ("nll", "kl"):
+        found = seen.certificate(metric, 1e9, 0.95, "", "eager")
+        assert (found.value, found.bound, found.holds) == (math.inf, math.inf, False)
+
+
+def test_figures_that_are_not_numbers_prove_nothing() -> None:
     given = random_batch(3)
     seen = compare(
         lambda x: torch.zeros(*x.tokens.shape, 7), lambda x: torch.full((*x.tokens.shape, 7), torch.nan), [given]

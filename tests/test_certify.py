@@ -142,6 +142,22 @@ def test_what_skips_in_decoding_is_certified_in_decoding() -> None:
     assert (found.tokens, found.value) == (100, 0.0)
 
 
+@pytest.mark.parametrize("longest", [2, 9, 16, 17, None])
+def test_speed_is_measured_within_the_room_that_there_is(longest: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def measured(systems: Any, prompt: Tensor, new_tokens: int, _runs: int) -> Any:
+        seen.append((prompt.shape[1], new_tokens))
+        return dict.fromkeys(systems, skipstone.report.Timing(1.0, 1.0, 1, 1, 1))
+
+    monkeypatch.setattr("skipstone.certify.measure", measured)
+    full = build(Plan([]))
+    full.max_length = longest
+    assert speedup(full, build(Plan([USELESS])), batches()) == 1
+    ((prompt, new_tokens),) = seen
+    assert prompt >= 1 and new_tokens >= 1 and (longest is None or prompt + new_tokens <= longest)
+
+
 def test_speed_is_measured() -> None:
     assert 0.1 < speedup(build(Plan([])), build(Plan([USELESS])), batches()) < 10
 
@@ -166,6 +182,8 @@ def test_a_given_plan_is_proved_on_held_out_data(tmp_path: Path, faster: Callabl
     found.plan.save(tmp_path / "plan.json")
     again = skipstone.optimize(planted(), Plan.load(tmp_path / "plan.json"), target="eager", progress=False)
     assert again.plan.certificates == found.plan.certificates
+    calibrated_anew = skipstone.optimize(planted(), found.plan, target="eager", calibration=data(), progress=False)
+    assert calibrated_anew.plan.certificates == ()
 
 
 @pytest.mark.usefixtures("captured_once")

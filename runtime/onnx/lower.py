@@ -38,7 +38,7 @@ from skipstone.ir.dialect import (
 )
 from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
 from skipstone.ir.formats import parse
-from skipstone.ir.gates import cosine, decoding
+from skipstone.ir.gates import decoding, met_so_far
 from skipstone.ir.program import Program, module_path
 from skipstone.runtime.onnx import attention, experts, gates
 from skipstone.runtime.onnx.layouts import cancel_moves
@@ -161,8 +161,7 @@ class _OnnxForms(fx.Interpreter):
         key = (start, decode_start, warmup_tokens)
         if key not in self.decoding:
             self.decoding[key] = decoding(before.shape[1], *key)
-        reached = self.decoding[key] & (cosine(before, after) >= threshold)
-        return reached if met is None else met | reached
+        return met_so_far(self.decoding[key], before, after, threshold, met)
 
     def _rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`rotary` on rows [B, S, N * D], which is how a projection leaves them; its own layout would be transposed."""
