@@ -47,6 +47,7 @@ _SIZES = {
 
 _BUILDERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES)),
+    "deep": lambda: LlamaForCausalLM(LlamaConfig(**{**_SIZES, "num_hidden_layers": 6, "initializer_range": 0.2})),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=96, initializer_range=0.3)
     ),
@@ -75,7 +76,7 @@ _BUILDERS = {
     ),
 }  # fmt: skip
 
-CAUSAL = tuple(name for name in _BUILDERS if name not in ("llada", "bert"))
+CAUSAL = tuple(name for name in _BUILDERS if name not in ("deep", "llada", "bert"))
 
 
 @cache
