@@ -5,6 +5,7 @@ The sizes are exact and come from the graph; the times that a `DeviceProfile` ma
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -383,6 +384,13 @@ def token_bytes(node: fx.Node) -> tuple[float, float]:
         return int(key.shape[-1]) * key.element_size(), int(value.shape[-1]) * value.element_size()
     keys, values = (parse(str(node.kwargs[name])) for name in ("k_format", "v_format"))
     return keys.token_bytes(int(key.shape[-1]), key.dtype), values.token_bytes(int(value.shape[-1]), value.dtype)
+
+
+def kv_bytes_per_token(program: Program) -> int:
+    """Bytes of keys and values that each token of a sequence adds, over the attentions with a cache; rounded up."""
+    attentions = (node for node in program.nodes(*ATTENTION_OPS) if node.kwargs.get("slot", -1) != -1)
+    heads = ((node, int(node.args[1].meta["val"].shape[1])) for node in attentions)  # type: ignore[union-attr]
+    return math.ceil(sum(number * sum(token_bytes(node)) for node, number in heads))
 
 
 def _critical_path(program: Program, chosen: set[fx.Node]) -> int:

@@ -27,6 +27,10 @@ from skipstone.ir.gates import GATE as GATE
 from skipstone.ir.gates import SKIP_PREDICATE as SKIP_PREDICATE
 from skipstone.ir.gates import gate as gate
 from skipstone.ir.gates import skip_predicate as skip_predicate
+from skipstone.ir.prompts import PROMPT_MEAN as PROMPT_MEAN
+from skipstone.ir.prompts import PROMPT_TURN as PROMPT_TURN
+from skipstone.ir.prompts import prompt_mean as prompt_mean
+from skipstone.ir.prompts import prompt_turn as prompt_turn
 from skipstone.ir.quantized import QUANTIZED_CACHED_ATTENTION as QUANTIZED_CACHED_ATTENTION
 from skipstone.ir.quantized import quantized_cached_attention as quantized_cached_attention
 

@@ -34,6 +34,7 @@ class Role(StrEnum):
     LOGIT_ROWS = "logit_rows"  # int64 [B, R], the rows of the sequence that reach the head
     CACHE_KEY = "cache_key"  # [B, KH, rows, width], one part of the keys of one slot
     CACHE_VALUE = "cache_value"  # [B, KH, rows, width], one part of the values of one slot
+    CHOICE = "choice"  # int64 [B], which continuation goes on with each sequence
     LOGITS = "logits"  # float [B, S or R, vocabulary]
     TENSOR = "tensor"  # anything else, known by its name alone
 
@@ -115,6 +116,8 @@ class Program:
         cache_refusal: why this program can have no KV cache, where the capture knows it already.
         calibration: statistics of real data that passes may ask for, by name; see `skipstone.ir.statistics`.
         history: what has been done to the program, in order.
+        continuations: programs that go on with a sequence once its prompt is read, over some of this one's slots; the
+            output of role ``CHOICE`` says which. Without any, the program itself goes on.
     """
 
     module: fx.GraphModule
@@ -126,6 +129,7 @@ class Program:
     cache_refusal: Unsupported | None = None
     calibration: dict[str, Tensor] = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
+    continuations: tuple[Program, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

@@ -11,6 +11,7 @@ it. The invariants:
 6. The branches of a condition take and return the same types; what a gate spares comes after its decision.
 7. Nothing is dead: every tensor and every call has a user.
 8. Every call says where it came from: a module path, a stack trace, or the pass that made it.
+9. What continues a program has no cache buffer that the program does not have.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ REQUIRED: dict[Role, tuple[int | None, tuple[torch.dtype, ...]]] = {
     Role.DECODE_START: (1, INT64),
     Role.CACHE_KEY: (4, CODES),
     Role.CACHE_VALUE: (4, CODES),
+    Role.CHOICE: (1, INT64),
     Role.LOGITS: (None, FLOATS),
 }
 
@@ -157,8 +159,8 @@ def _slots_written_once(program: Program) -> Iterator[Violation]:
             yield node, f"slot {slot} is written by {writers[slot].name} already"
         writers[slot] = node
     slots = program.slots()
-    if sorted(slots) != list(range(len(slots))):
-        yield None, f"the slots are {list(slots)}, not 0..{len(slots) - 1}"
+    if list(slots) != sorted(set(slots)):
+        yield None, f"the slots are {list(slots)}, not in ascending order"
     for slot, writer in writers.items():
         if slot not in slots:
             yield writer, f"writes slot {slot}, which no input holds"
@@ -258,6 +260,15 @@ def _provenance(program: Program) -> Iterator[Violation]:
             yield node, "nothing says where it came from"
 
 
+def _continues(program: Program) -> Iterator[Violation]:
+    """What continues a program has no cache buffer that the program does not have."""
+    for number, part in enumerate(program.continuations):
+        for own, other in ((program.inputs, part.inputs), (program.outputs, part.outputs)):
+            buffers = [port for port in other if port.slot is not None and port not in own]
+            if buffers:
+                yield None, f"continuation {number} has the buffer {buffers[0].name}"
+
+
 RULES: dict[int, Callable[[Program], Iterator[Violation]]] = {
     1: _well_formed,
     2: _values_agree,
@@ -267,6 +278,7 @@ RULES: dict[int, Callable[[Program], Iterator[Violation]]] = {
     6: _branches_agree,
     7: _nothing_dead,
     8: _provenance,
+    9: _continues,
 }
 
 

@@ -120,7 +120,10 @@ class Pipeline:
 
 
 def run_pass(each: Pass, program: Program, strict: bool = True) -> Program:
-    """Run one pass on a copy of `program`, verify the result, and enter it into the history."""
+    """Run one pass on a copy of `program`, verify the result, and enter it into the history.
+
+    What goes on with a sequence behind its prompt (`Program.continuations`) gets the same rewrite.
+    """
     started = time.perf_counter()
     each.check(program)
     before = sum(1 for _ in program.nodes())
@@ -128,6 +131,8 @@ def run_pass(each: Pass, program: Program, strict: bool = True) -> Program:
     remarks = each.rewrite(result)
     result.recompile()
     each.ensures(result)
+    if program.continuations:
+        result.continuations = tuple(run_pass(each, part, strict) for part in program.continuations)
     if strict:
         verify(result, after=each.name)
         if not _mandatory(each) and not any(remark.status is Status.APPLIED for remark in remarks):

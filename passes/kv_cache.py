@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION
+from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, cache_operands
 from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.program import Port, Program, Role, fake_value, module_path, provenance
 from skipstone.ir.sequence import prove_cacheable
@@ -96,6 +96,24 @@ def select_logit_rows(program: Program) -> None:
         seen = seen or node is gathered
         if seen and node is not gathered:
             node.meta["val"] = fake_value(node)
+
+
+def count_input(program: Program) -> fx.Node:
+    """The input of role ``COUNT`` of a program with a cache; it is added where there is none."""
+    start = program.input(Role.START)
+    if start is None:
+        raise InternalError("a cached program without the input `start`")
+    return program.input(Role.COUNT) or program.add_input(Port("count", Role.COUNT), start.meta["val"].clone())
+
+
+def drop_slot(program: Program, node: fx.Node) -> None:
+    """Remove a cached attention that nothing but the program's outputs reads, with the ports of its slot."""
+    buffers = [buffer for half in cache_operands(node) for buffer in half]
+    program.remove_outputs([user for user in node.users if user.args[1] != 0])
+    for user in list(node.users):
+        program.graph.erase_node(user)
+    program.graph.erase_node(node)
+    program.remove_inputs(buffers)
 
 
 _ROW_WISE = frozenset(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from skipstone.ir.cost import token_bytes
-from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION, cache_operands
+from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.formats import Format, Full, choose
 from skipstone.ir.key_bias import large_key_biases
@@ -20,6 +20,7 @@ from skipstone.ir.quantized import cache_format
 from skipstone.ir.statistics import calibrated, sites
 from skipstone.passes.base import Pass, Remark
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
+from skipstone.passes.kv_cache import count_input, drop_slot
 from skipstone.passes.split_heads import HEADS, SplitHeads
 
 MARGIN = 1.1
@@ -215,7 +216,7 @@ class QuantizeKV(Pass):
                 continue
             call = self._quantize(program, node, site)
             remarks.append(self._remark(program, call, site, before=sum(token_bytes(node))))
-            _drop(program, node)
+            drop_slot(program, node)
         if errors := {remark.where: remark.numbers[ERROR] for remark in remarks if ERROR in remark.numbers}:
             worst = max(errors, key=lambda site: errors[site])
             estimate = f"estimated relative error of the outputs: {min(errors.values()):.1e} to {errors[worst]:.1e}"
@@ -252,7 +253,7 @@ class QuantizeKV(Pass):
                 statics.append(None if static is None else program.add_tensor(name.replace(":", "_"), static))
             options = {**node.kwargs, "residual": self.residual, "first": self.sinks}
             options |= {f"{which[0]}_format": form.name for which, form, _ in self._halves(node)}
-            count = _count(program) if any(port.part in ("recent", "first") for port in ports) else None
+            count = count_input(program) if any(port.part in ("recent", "first") for port in ports) else None
             operands = (q, k, v, *caches, start, count, *statics, *constants[:3])
             call = program.call(QUANTIZED_CACHED_ATTENTION, *operands, **options)
             results = [program.call(operator.getitem, call, index) for index in range(len(ports) + 1)]
@@ -301,21 +302,3 @@ def _refusal(node: fx.Node) -> str:
         if len(readers) > 1 or node.args[1] is node.args[2]:
             return f"its {what} are shared with another attention, or are keys and values at once"
     return ""
-
-
-def _count(program: Program) -> fx.Node:
-    found = program.input(Role.COUNT)
-    start = program.input(Role.START)
-    if start is None:
-        raise InternalError("a cached program without the input `start`")
-    return found or program.add_input(Port("count", Role.COUNT), start.meta["val"].clone())
-
-
-def _drop(program: Program, node: fx.Node) -> None:
-    """Remove a cached attention that nothing but the program's outputs reads, with the ports of its slot."""
-    buffers = [buffer for half in cache_operands(node) for buffer in half]
-    program.remove_outputs([user for user in node.users if user.args[1] != 0])
-    for user in list(node.users):
-        program.graph.erase_node(user)
-    program.graph.erase_node(node)
-    program.remove_inputs(buffers)

@@ -12,7 +12,7 @@ from torch import fx
 
 from skipstone.ir.errors import InvalidPlan, Unsupported
 from skipstone.ir.program import Program
-from skipstone.ir.stream import Sublayer, SublayerKind, find_stream
+from skipstone.ir.stream import Sublayer, SublayerKind, find_stream, original_layer
 from skipstone.passes.base import Pass, Remark
 
 aten = torch.ops.aten
@@ -57,16 +57,17 @@ class SkipSublayers(Pass):
             InvalidPlan: a layer out of range, a layer without such a sublayer, or a path that names none.
         """
         stream = find_stream(program)
+        layers = stream.layers if program.layers is None else program.layers
         chosen: set[int] = set()
         for field, kinds in (("attention", [SublayerKind.ATTENTION]), ("ffn", [SublayerKind.FFN]), ("layers", None)):
             for layer in getattr(self, field):
-                if not 0 <= layer < stream.layers:
+                if not 0 <= layer < layers:
                     raise InvalidPlan(
-                        f"skip_sublayers: {field} names layer {layer}, but the model has layers 0 to "
-                        f"{stream.layers - 1}.",
-                        hint=f"The nearest is {min(max(layer, 0), stream.layers - 1)}.",
+                        f"skip_sublayers: {field} names layer {layer}, but the model has layers 0 to {layers - 1}.",
+                        hint=f"The nearest is {min(max(layer, 0), layers - 1)}.",
                     )
-                found = [s.index for s in stream.sublayers if s.layer == layer and (kinds is None or s.kind in kinds)]
+                own = [s for s in stream.sublayers if original_layer(s) == layer]
+                found = [s.index for s in own if kinds is None or s.kind in kinds]
                 if not found:
                     raise InvalidPlan(f"skip_sublayers: layer {layer} has no {field} sublayer.")
                 chosen |= set(found)
@@ -89,7 +90,7 @@ class SkipSublayers(Pass):
             add.replace_all_uses_with(other)
         program.recompile()
         saved = before - program.weight_bytes()
-        remarks = [self.applied(s.path, f"{s.kind} of layer {s.layer} skipped") for s in chosen]
+        remarks = [self.applied(s.path, f"{s.kind} of layer {original_layer(s)} skipped") for s in chosen]
         if not remarks:
             return [self.missed("model", "the plan entry names no sublayer")]
         return [*remarks, self.applied("model", f"{saved:,} bytes of weights gone", weight_bytes=saved)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,113 @@ class CacheBuffer:
         return torch.zeros(shape, dtype=self.part.dtype, device=device)
 
 
-class KVCache:
+class Cache(ABC):
+    """What executables ask of a cache, however its sequences are kept.
+
+    Attributes:
+        lengths: int64 [B], valid rows of each sequence.
+        capacity: rows that each sequence has room for.
+        decode_start: int64 [B], rows of each sequence that are its prompt: 0 until one is read. Tokens behind it are
+            decoded, whether one or several at a time.
+    """
+
+    lengths: Tensor
+    capacity: int
+    decode_start: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences B."""
+        return len(self.lengths)
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+
+    @abstractmethod
+    def advance(self, counts: Tensor) -> None:
+        """Count in the rows that a step has written: int64 [B]."""
+
+    @abstractmethod
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` rows a sequence; the buffers that depend on it become new tensors.
+
+        Raises:
+            InvalidInput: that is less than there is now.
+        """
+
+    @abstractmethod
+    def crop(self, lengths: Tensor | int) -> None:
+        """Forget the rows from `lengths` (one number, or integers [B]) on. The buffers stay as they are.
+
+        A prompt that is cut ends there: what follows is decoded.
+
+        Raises:
+            InvalidInput: a length is negative or beyond what the cache holds, their number is not the batch, or rows
+                that have to be in full precision after the crop are in the codes alone by now.
+        """
+
+    @abstractmethod
+    def select(self, index: Tensor | Sequence[int]) -> None:
+        """Keep sequences `index` (integers [N]) in that order; one may be taken more than once.
+
+        Raises:
+            InvalidInput: an index is outside [0, B), or there is none.
+        """
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the valid rows to a safetensors file, whole or not at all.
+
+        Raises:
+            ArtifactError: the file cannot be written.
+        """
+
+    def reorder(self, index: Tensor | Sequence[int]) -> None:
+        """Continue sequence `index[b]` (integers [B]) as sequence b, as beam search does.
+
+        Raises:
+            InvalidInput: as `select`, or the number of indices is not the batch.
+        """
+        if len(index) != self.batch:
+            raise InvalidInput(f"{len(index)} indices reorder a cache of {self.batch} sequences.")
+        self.select(index)
+
+    def repeat(self, times: int) -> None:
+        """Repeat each sequence `times` times, copies side by side.
+
+        Raises:
+            InvalidInput: `times` is below one.
+        """
+        if times < 1:
+            raise InvalidInput(f"cannot repeat a cache {times} times.")
+        if times > 1:
+            self.select(torch.arange(self.batch).repeat_interleave(times))
+
+    def _lengths_to_crop_to(self, lengths: Tensor | int) -> Tensor:
+        """int64 [B]; raises like `crop`."""
+        wanted = torch.as_tensor(lengths, dtype=torch.int64, device=self.lengths.device)
+        if wanted.dim() > 1 or (wanted.dim() == 1 and len(wanted) != self.batch):
+            raise InvalidInput(f"crop lengths have shape {list(wanted.shape)}, the cache has {self.batch} sequences.")
+        if bool((wanted < 0).any()) or bool((wanted > self.lengths).any()):
+            raise InvalidInput(
+                f"crop to {wanted.tolist()} rows, the cache holds {self.lengths.tolist()}.",
+                hint="A cache can be cropped to a shorter length only.",
+            )
+        return wanted.expand(self.batch).clone()
+
+    def _index(self, index: Tensor | Sequence[int]) -> Tensor:
+        """int64 [N]; raises like `select`."""
+        index = torch.as_tensor(index, dtype=torch.int64, device=self.lengths.device)
+        if index.dim() != 1 or len(index) == 0:
+            raise InvalidInput(f"sequences are chosen by a list of indices, got shape {list(index.shape)}.")
+        if int(index.min()) < 0 or int(index.max()) >= self.batch:
+            raise InvalidInput(f"sequences {index.tolist()} of a cache with {self.batch}.")
+        return index
+
+
+class KVCache(Cache):
     """The rows that attention has seen, for a batch of sequences of different lengths.
 
     Rows 0..lengths[b] - 1 of sequence b are valid. What lies behind them is finite but meaningless: it is masked, and
@@ -91,26 +198,17 @@ class KVCache:
         return cls(layout, buffers, torch.zeros(batch, dtype=torch.int64, device=device), capacity)
 
     @property
-    def batch(self) -> int:
-        """Number of sequences B."""
-        return len(self.lengths)
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """See `Cache.nbytes`."""
         return sum(tensor.nbytes for tensor in self.buffers.values())
 
     def advance(self, counts: Tensor) -> None:
-        """Count in the rows that a step has written: int64 [B]."""
+        """See `Cache.advance`."""
         self.lengths = self.lengths + counts
         self._reached = torch.maximum(self._reached, self.lengths)
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` rows a sequence; the buffers that depend on it become new tensors.
-
-        Raises:
-            InvalidInput: that is less than there is now.
-        """
+        """See `Cache.grow`."""
         if capacity < self.capacity:
             raise InvalidInput(
                 f"a cache of {self.capacity} rows cannot grow to {capacity}.", hint="To forget rows, use crop()."
@@ -126,23 +224,8 @@ class KVCache:
         self.capacity = capacity
 
     def crop(self, lengths: Tensor | int) -> None:
-        """Forget the rows from `lengths` (one number, or integers [B]) on. The buffers stay as they are.
-
-        A prompt that is cut ends there: what follows is decoded.
-
-        Raises:
-            InvalidInput: a length is negative or beyond what the cache holds, their number is not the batch, or rows
-                that have to be in full precision after the crop are in the codes alone by now.
-        """
-        wanted = torch.as_tensor(lengths, dtype=torch.int64, device=self.lengths.device)
-        if wanted.dim() > 1 or (wanted.dim() == 1 and len(wanted) != self.batch):
-            raise InvalidInput(f"crop lengths have shape {list(wanted.shape)}, the cache has {self.batch} sequences.")
-        if bool((wanted < 0).any()) or bool((wanted > self.lengths).any()):
-            raise InvalidInput(
-                f"crop to {wanted.tolist()} rows, the cache holds {self.lengths.tolist()}.",
-                hint="A cache can be cropped to a shorter length only.",
-            )
-        wanted = wanted.expand(self.batch).clone()
+        """See `Cache.crop`."""
+        wanted = self._lengths_to_crop_to(lengths)
         unused = torch.ones_like(wanted, dtype=torch.bool)  # sequences that need nothing of what their rings hold
         for form in {each.form for each in self.layout if each.form.ring_rows}:
             needed_from = form.quantized_until(wanted).clamp(min=form.first)
@@ -158,61 +241,29 @@ class KVCache:
         self._reached = torch.where(unused, wanted, self._reached)
 
     def select(self, index: Tensor | Sequence[int]) -> None:
-        """Keep sequences `index` (integers [N]) in that order; one may be taken more than once.
-
-        Raises:
-            InvalidInput: an index is outside [0, B), or there is none.
-        """
-        index = torch.as_tensor(index, dtype=torch.int64, device=self.lengths.device)
-        if index.dim() != 1 or len(index) == 0:
-            raise InvalidInput(f"sequences are chosen by a list of indices, got shape {list(index.shape)}.")
-        if int(index.min()) < 0 or int(index.max()) >= self.batch:
-            raise InvalidInput(f"sequences {index.tolist()} of a cache with {self.batch}.")
+        """See `Cache.select`."""
+        index = self._index(index)
         self.buffers = {name: old.index_select(0, index) for name, old in self.buffers.items()}
         self.lengths = self.lengths.index_select(0, index)
         self.decode_start = self.decode_start.index_select(0, index)
         self._reached = self._reached.index_select(0, index)
 
-    def reorder(self, index: Tensor | Sequence[int]) -> None:
-        """Continue sequence `index[b]` (integers [B]) as sequence b, as beam search does.
-
-        Raises:
-            InvalidInput: as `select`, or the number of indices is not the batch.
-        """
-        if len(index) != self.batch:
-            raise InvalidInput(f"{len(index)} indices reorder a cache of {self.batch} sequences.")
-        self.select(index)
-
-    def repeat(self, times: int) -> None:
-        """Repeat each sequence `times` times, copies side by side.
-
-        Raises:
-            InvalidInput: `times` is below one.
-        """
-        if times < 1:
-            raise InvalidInput(f"cannot repeat a cache {times} times.")
-        if times > 1:
-            self.select(torch.arange(self.batch).repeat_interleave(times))
+    def keep(self, layout: Sequence[CacheBuffer]) -> None:
+        """Keep the buffers of this layout, a part of the cache's own, and free the others."""
+        self.layout = tuple(layout)
+        self.buffers = {each.name: self.buffers[each.name] for each in layout}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the valid rows to a safetensors file, whole or not at all.
+        """See `Cache.save`."""
+        write_tensors(path, self.tensors(), description(self.layout))
 
-        Raises:
-            ArtifactError: the file cannot be written.
-        """
-        path = Path(path)
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has to be saved, by name."""
         longest = max(1, int(self.lengths.max()))
-        tensors = {
-            each.name: self.buffers[each.name][:, :, : each.part.rows(longest)].contiguous() for each in self.layout
-        }
-        tensors |= {"lengths": self.lengths, "reached": self._reached, "decode_start": self.decode_start}
-        try:
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-                complete = Path(temporary) / path.name
-                save_file(tensors, complete, metadata={"format": FORMAT, "layout": _description(self.layout)})
-                os.replace(complete, path)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"Cannot write the cache {path}: {error}.") from error
+        kept = {}
+        for each in self.layout:
+            kept[each.name] = self.buffers[each.name][:, :, : each.part.rows(longest)].contiguous()
+        return kept | {"lengths": self.lengths, "reached": self._reached, "decode_start": self.decode_start}
 
     @classmethod
     def load(
@@ -225,34 +276,67 @@ class KVCache:
         Raises:
             ArtifactError: it is no such file, or a cache of another layout.
         """
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"Cannot read the cache {os.fspath(path)}: {error}.") from error
-        if metadata.get("format") != FORMAT:
-            raise ArtifactError(f"{os.fspath(path)} is not a cache of this version ({FORMAT}).")
-        if metadata.get("layout") != _description(layout):
-            raise ArtifactError(
-                f"{os.fspath(path)} holds a cache of another program.",
-                hint="Load it into the model and plan that it was saved from.",
-            )
-        counted = [tensors.pop(name, torch.empty(0)) for name in ("decode_start", "lengths", "reached")]
+        return cls.of_tensors(read_tensors(path, description(layout), device), layout, os.fspath(path))
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], layout: Sequence[CacheBuffer], name: str) -> KVCache:
+        """The cache that `tensors` gave; `name` is that of its file. Raises like `load`."""
+        buffers = dict(tensors)
+        counted = [buffers.pop(each, torch.empty(0)) for each in ("decode_start", "lengths", "reached")]
         decode_start, lengths, reached = counted
         counts = all(each.dtype == torch.int64 and each.shape == (len(lengths),) for each in counted)
         if not counts or len(lengths) == 0 or int(torch.stack(counted).min()) < 0 or bool((reached < lengths).any()):
-            raise ArtifactError(f"{os.fspath(path)} is damaged: its lengths are not those of a cache.")
-        cache = cls.allocate(layout, len(lengths), max(1, int(lengths.max())), device)
+            raise ArtifactError(f"{name} is damaged: its lengths are not those of a cache.")
+        cache = cls.allocate(layout, len(lengths), max(1, int(lengths.max())), lengths.device)
         expected, found = (
-            {name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (cache.buffers, tensors)
+            {name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (cache.buffers, buffers)
         )
         if found != expected:
-            raise ArtifactError(f"{os.fspath(path)} is damaged: its tensors are not those of a cache.")
-        cache.buffers, cache.lengths, cache._reached, cache.decode_start = tensors, lengths, reached, decode_start
+            raise ArtifactError(f"{name} is damaged: its tensors are not those of a cache.")
+        cache.buffers, cache.lengths, cache._reached, cache.decode_start = buffers, lengths, reached, decode_start
         return cache
 
 
-def _description(layout: Iterable[CacheBuffer]) -> str:
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], layout: str) -> None:
+    """Write a cache to a safetensors file, whole or not at all.
+
+    Args:
+        layout: what it is made of, in one line.
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            complete = Path(temporary) / path.name
+            save_file(tensors, complete, metadata={"format": FORMAT, "layout": layout})
+            os.replace(complete, path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"Cannot write the cache {path}: {error}.") from error
+
+
+def read_tensors(path: str | os.PathLike[str], layout: str, device: torch.device | str) -> dict[str, Tensor]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        ArtifactError: it is no such file, or a cache of another layout.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"Cannot read the cache {os.fspath(path)}: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise ArtifactError(f"{os.fspath(path)} is not a cache of this version ({FORMAT}).")
+    if metadata.get("layout") != layout:
+        raise ArtifactError(
+            f"{os.fspath(path)} holds a cache of another program.",
+            hint="Load it into the model and plan that it was saved from.",
+        )
+    return tensors
+
+
+def description(layout: Iterable[CacheBuffer]) -> str:
     """One line that is equal for equal layouts."""
     return "; ".join(f"{each.name} {each.heads} {each.part} {each.form}" for each in layout)

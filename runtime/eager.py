@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, fx
 
 from skipstone.ir.dialect import GATE
 from skipstone.ir.gates import spared
-from skipstone.ir.program import Program, Role
+from skipstone.ir.program import Program
 from skipstone.runtime.cache import KVCache
-from skipstone.runtime.session import cache_layout, check_cache, step_inputs, written_buffers
+from skipstone.runtime.session import ProgramSession, cache_layout, written_buffers
 
 
-class EagerSession:
+class EagerSession(ProgramSession):
     """Runs a program with plain PyTorch; see `skipstone.runtime.session.Session`."""
 
     def __init__(self, program: Program) -> None:
@@ -32,17 +32,12 @@ class EagerSession:
         return {port.name: value for port, value in zip(self.program.outputs, results, strict=True)}
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
-        """See `Session.step`."""
-        check_cache(self.layout, tokens, cache)
-        values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
-        outputs = self.run(values | cache.buffers)
-        for (
-            name,
-            buffer,
-        ) in self._written.items():  # the graph is functional: new buffers take the place of the old ones
+    def step_outputs(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """See `ProgramSession.step_outputs`."""
+        outputs = self.run({**values, **cache.buffers})
+        for name, buffer in self._written.items():  # the graph is functional: new buffers take the place of the old
             cache.buffers[buffer] = outputs[name]
-        return next(outputs[port.name] for port in self.program.outputs if port.role == Role.LOGITS)
+        return tuple(outputs[name] for name in names)
 
 
 class _Gated(fx.Interpreter):

@@ -23,7 +23,7 @@ from skipstone.ir.dialect import ATTENTION_OPS, Kind, key_bias_of
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role, module_path
 from skipstone.ir.sequence import offenders
-from skipstone.runtime.cache import KVCache
+from skipstone.runtime.cache import Cache
 from skipstone.runtime.session import Session
 
 SMALLEST_CAPACITY = 64
@@ -291,7 +291,7 @@ class TokenModel(Executable):
             hint="Run sequences of one length together, without padding.",
         )
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, KVCache]:
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Cache]:
         """Read a prompt into a new cache.
 
         Args:
@@ -311,7 +311,7 @@ class TokenModel(Executable):
         logits = self.advance(tokens, layout, (layout.counts - 1).unsqueeze(1), cache=cache)
         return logits[:, 0], cache
 
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Append tokens to every sequence of a cache.
 
         Args:
@@ -359,22 +359,22 @@ class TokenModel(Executable):
         self._check_range(tokens)
         return tokens, layout
 
-    def new_cache(self, batch: int, rows: int, spare: int = SMALLEST_CAPACITY) -> KVCache:
+    def new_cache(self, batch: int, rows: int, spare: int = SMALLEST_CAPACITY) -> Cache:
         """An empty cache with room for `rows` tokens a sequence, and `spare` more if the model reaches so far."""
         capacity = self._bounded(self.max_length or rows + spare)
-        return KVCache.allocate(self.session.layout, batch, max(capacity, rows), self.device)
+        return self.session.new_cache(batch, max(capacity, rows))
 
-    def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
-        """Read a cache that `KVCache.save` wrote for this program.
+    def load_cache(self, path: str | os.PathLike[str]) -> Cache:
+        """Read a cache that `Cache.save` wrote for this program.
 
         Raises:
             ArtifactError: it is no such file, or a cache of another program.
             Unsupported: the program has no cache.
         """
         self.require_cache()
-        return KVCache.load(path, self.session.layout, self.device)
+        return self.session.load_cache(path)
 
-    def reserve(self, cache: KVCache, rows: int) -> None:
+    def reserve(self, cache: Cache, rows: int) -> None:
         """Make room for `rows` tokens a sequence: the capacity doubles, up to the limit."""
         if rows > cache.capacity:
             cache.grow(max(rows, self._bounded(2 * cache.capacity)))
@@ -387,7 +387,7 @@ class TokenModel(Executable):
         rows: Tensor,
         *,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         extra: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Run prepared tokens, after those that are in the cache, and count them in.
@@ -465,7 +465,7 @@ def is_causal_lm(program: Program) -> bool:
     inputs, outputs = ({port.role for port in ports} for ports in (program.inputs, program.outputs))
     if Role.TOKENS not in inputs or Role.PADDING in inputs:
         return False
-    if Role.LOGITS not in outputs or outputs - {Role.LOGITS, Role.CACHE_KEY, Role.CACHE_VALUE}:
+    if Role.LOGITS not in outputs or outputs - {Role.LOGITS, Role.CHOICE, Role.CACHE_KEY, Role.CACHE_VALUE}:
         return False
     logits = program.output(Role.LOGITS)
     return not sees_ahead(program) and logits is not None and logits.meta["val"].dim() == 3

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Role
-from skipstone.runtime.cache import KVCache
+from skipstone.runtime.cache import Cache
 from skipstone.runtime.executable import TokenModel, check_names
 from skipstone.runtime.session import Session
 
@@ -30,7 +30,7 @@ LOOP_INPUTS = frozenset(STEP_INPUTS)
 
 
 class GenerationCache:
-    """A `KVCache` behind the methods that transformers calls on its caches.
+    """A cache behind the methods that transformers calls on its caches.
 
     transformers counts columns of the padded batch, the cache counts valid tokens of each row; both are kept here.
 
@@ -45,7 +45,7 @@ class GenerationCache:
     is_croppable = True
 
     def __init__(self) -> None:
-        self.kv: KVCache | None = None
+        self.kv: Cache | None = None
         self.columns = 0
         self.prompt: Tensor | int | None = None
 

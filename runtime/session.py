@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, fx
@@ -11,7 +13,7 @@ from skipstone.ir.dialect import CACHED_OPS, cache_operands
 from skipstone.ir.errors import InvalidInput
 from skipstone.ir.program import Port, Program, Role
 from skipstone.ir.quantized import CacheFormat, CachePart, cache_format
-from skipstone.runtime.cache import CacheBuffer, KVCache
+from skipstone.runtime.cache import Cache, CacheBuffer, KVCache
 
 
 @runtime_checkable
@@ -36,7 +38,7 @@ class Session(Protocol):
         """
         ...
 
-    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: Any) -> Tensor:
         """Run a cached program on new tokens, and write their keys and values into `cache`.
 
         The new tokens follow the ``cache.lengths`` rows that are there; the lengths are not advanced.
@@ -46,13 +48,62 @@ class Session(Protocol):
             positions: int64 [B, S].
             count: int64 [B], valid tokens of each row.
             logit_rows: int64 [B, R], in [0, S).
-            cache: of this session's layout and B sequences, with room for S more tokens in each.
+            cache: from `new_cache`, of B sequences, with room for S more tokens in each.
         Returns:
             logits [B, R, V]; the next call may overwrite them.
         Raises:
             InvalidInput: the cache has another batch or layout, or no room.
         """
         ...
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` sequences of at most `capacity` tokens."""
+        ...
+
+    def load_cache(self, path: str | os.PathLike[str]) -> Cache:
+        """Read a cache that `Cache.save` wrote for this session's program.
+
+        Raises:
+            ArtifactError: it is no such file, or a cache of another program.
+        """
+        ...
+
+
+class ProgramSession(ABC):
+    """What sessions of one program have in common; see `Session`."""
+
+    program: Program
+    layout: tuple[CacheBuffer, ...]
+
+    @abstractmethod
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Session.run`."""
+
+    @abstractmethod
+    def step_outputs(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Run a step on the inputs of `step_inputs`, write into `cache`, and return the outputs of these names."""
+
+    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: Any) -> Tensor:
+        """See `Session.step`."""
+        (logits,) = self.step_roles(tokens, positions, count, logit_rows, cache, Role.LOGITS)
+        return logits
+
+    def step_roles(
+        self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: Any, *roles: Role
+    ) -> tuple[Tensor, ...]:
+        """`step`, for the outputs of these roles."""
+        check_cache(self.layout, tokens, cache)
+        values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
+        names = [next(port.name for port in self.program.outputs if port.role == role) for role in roles]
+        return self.step_outputs(values, cache, names)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """See `Session.new_cache`."""
+        return KVCache.allocate(self.layout, batch, capacity, self.program.source.device)
+
+    def load_cache(self, path: str | os.PathLike[str]) -> KVCache:
+        """See `Session.load_cache`."""
+        return KVCache.load(path, self.layout, self.program.source.device)
 
 
 def cache_layout(program: Program) -> tuple[CacheBuffer, ...]:
@@ -76,7 +127,7 @@ def _buffer(port: Port, fake: Tensor, form: CacheFormat) -> CacheBuffer:
 
 
 def step_inputs(
-    program: Program, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache
+    program: Program, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: Cache
 ) -> dict[str, Tensor]:
     """The inputs of a step other than the cache's buffers, by port name; a program may do without some of them."""
     by_role = {
@@ -97,13 +148,13 @@ def written_buffers(program: Program) -> dict[str, str]:
     return {port.name: names[port.role, port.slot, port.part] for port in program.outputs if port.slot is not None}
 
 
-def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: KVCache) -> None:
+def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any) -> None:
     """Refuse a step that would write outside the cache.
 
     Raises:
         InvalidInput: the cache has another batch or layout, or no room for the tokens.
     """
-    if cache.layout is not layout and cache.layout != layout:
+    if not isinstance(cache, KVCache) or (cache.layout is not layout and cache.layout != layout):
         raise InvalidInput("the cache was made for another program.", hint="Use the cache that prefill() returned.")
     if cache.batch != tokens.shape[0]:
         raise InvalidInput(f"tokens of {tokens.shape[0]} sequences for a cache of {cache.batch}.")

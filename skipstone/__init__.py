@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from skipstone.optimize import optimize as optimize
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
     from skipstone.passes.quantize_kv import QuantizeKV as QuantizeKV
+    from skipstone.passes.skip_by_prompt import SkipByPrompt as SkipByPrompt
     from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive as SkipFFNAdaptive
     from skipstone.passes.skip_sublayers import SkipSublayers as SkipSublayers
     from skipstone.plan import Plan as Plan
@@ -35,6 +36,7 @@ _HOME = {
     "Plan": "skipstone.plan",
     "QuantizeKV": "skipstone.passes.quantize_kv",
     "Report": "skipstone.report",
+    "SkipByPrompt": "skipstone.passes.skip_by_prompt",
     "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
     "mask_tokens": "skipstone.masking",

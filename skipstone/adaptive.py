@@ -16,6 +16,7 @@ from skipstone.ir.program import Port, Program, Role
 from skipstone.ir.stream import SublayerKind, find_stream
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.replay import Evaluator
+from skipstone.runtime.cache import KVCache
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import TokenModel
 from skipstone.runtime.session import step_inputs
@@ -124,6 +125,8 @@ def skipped_ffns(
         tokens: integers [B, T], e.g. what it generated.
     Returns:
         bool [B, T] by layer, for those that may be skipped.
+    Raises:
+        Unsupported: the plan skips by prompt, too.
     """
     observed = executable.program.copy()
     gates = list(observed.nodes(GATE))
@@ -131,6 +134,8 @@ def skipped_ffns(
         observed.add_output(Port(f"skipped_{gate.meta['layer']}", Role.TENSOR), gate.args[1])  # type: ignore[arg-type]
     observed.recompile()
     _, cache = executable.prefill(prompt, attention_mask)
+    if not isinstance(cache, KVCache):
+        raise Unsupported("telling which FFNs are skipped where prompts are continued by different programs")
     tokens, layout = executable.prepare(tokens)
     executable.reserve(cache, int(cache.lengths.max()) + layout.width)
     rows = torch.arange(layout.width, device=tokens.device).expand(tokens.shape)

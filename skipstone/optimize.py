@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +19,10 @@ from skipstone.calibrate import Batch, CalibrationData, estimate_errors, joined,
 from skipstone.certify import candidates, refuse_model, within
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
-from skipstone.ir.cost import cost, evaluate, example_sizes, token_bytes
+from skipstone.ir.cost import cost, evaluate, example_sizes, kv_bytes_per_token
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.printer import readable
 from skipstone.ir.program import Program, Record
-from skipstone.ir.statistics import sites
 from skipstone.ir.stream import SublayerKind, find_stream, note_layers
 from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32
@@ -32,13 +30,14 @@ from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.plan import Plan
 from skipstone.report import Conversion, Footprint, Report, Stage
 from skipstone.runtime.executable import Executable
-from skipstone.runtime.session import Session
+from skipstone.runtime.session import ProgramSession, Session
 
-BEHIND_CACHE = (SkipFFNAdaptive, QuantizeKV)
+BEHIND_CACHE = (SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
 """Entries of a plan that work on programs with a cache."""
 
 Target = Literal["auto", "eager", "onnxruntime"]
@@ -93,7 +92,7 @@ def optimize(
         raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
     target = _resolve(target, model)
     for entry in plan:
-        if isinstance(entry, SkipFFNAdaptive):
+        if isinstance(entry, (SkipByPrompt, SkipFFNAdaptive)):
             entry.validate()
     _check_quantization(plan, target, calibration is not None)
     _check_budget(budget, plan, calibration)
@@ -292,7 +291,7 @@ def footprint(program: Program) -> Footprint:
         ffn=sum(s.kind is SublayerKind.FFN for s in sublayers),
         flops=flops,
         weight_bytes=program.weight_bytes(),
-        kv_bytes_per_token=_kv_bytes_per_token(program),
+        kv_bytes_per_token=kv_bytes_per_token(program),
         nodes=sum(1 for _ in program.nodes()),
     )
 
@@ -308,11 +307,6 @@ def conversions(before: Program, after: Program) -> tuple[Conversion, ...]:
             for place, amount in enumerate((1, own[name].nbytes, tensor.nbytes)):
                 sizes[place] += amount
     return tuple(Conversion(*dtypes, *sizes) for dtypes, sizes in pairs.items())
-
-
-def _kv_bytes_per_token(program: Program) -> int:
-    heads = ((node, int(node.args[1].meta["val"].shape[1])) for node in sites(program))  # type: ignore[union-attr]
-    return math.ceil(sum(number * sum(token_bytes(node)) for node, number in heads))
 
 
 def _resolve(target: str, model: nn.Module) -> Any:
@@ -344,6 +338,15 @@ def _capture(
 
 
 def _lower(program: Program, target: str, threads: int | None) -> Session:
+    session = _session(program, target, threads)
+    if not program.continuations:
+        return session
+    from skipstone.runtime.by_prompt import PromptSession
+
+    return PromptSession(session, [_session(part, target, threads) for part in program.continuations])
+
+
+def _session(program: Program, target: str, threads: int | None) -> ProgramSession:
     if target == "eager":
         from skipstone.runtime.eager import EagerSession
 

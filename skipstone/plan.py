@@ -28,6 +28,7 @@ from skipstone.budget import Certificate
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.base import Pass
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
 
@@ -36,7 +37,7 @@ VERSION = 1
 TENSORS = ".safetensors"
 
 # Every pass that may stand in a plan, in the order in which they run.
-ENTRIES: tuple[type[Pass], ...] = (SkipSublayers, SkipFFNAdaptive, QuantizeKV)
+ENTRIES: tuple[type[Pass], ...] = (SkipSublayers, SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
 
 
 @dataclass(frozen=True)

@@ -189,10 +189,16 @@ def test_3_wrong_rank_for_a_role(stepwise: Program) -> None:
     _refused(stepwise, 3, "position_ids", "role start requires int64 of 1 dimensions")
 
 
-def test_4_slots_not_dense(stepwise: Program) -> None:
-    stepwise.inputs = tuple(replace(port, slot=5) if port.slot == 1 else port for port in stepwise.inputs)
-    stepwise.outputs = tuple(replace(port, slot=5) if port.slot == 1 else port for port in stepwise.outputs)
-    _refused(stepwise, 4, why="the slots are [0, 5]")
+def test_4_slots_out_of_order(stepwise: Program) -> None:
+    stepwise.inputs = tuple(replace(port, slot=-port.slot) if port.slot else port for port in stepwise.inputs)
+    _refused(stepwise, 4, why="the slots are [0, -1], not in ascending order")
+
+
+def test_9_a_continuation_with_a_cache_of_its_own(stepwise: Program) -> None:
+    part = stepwise.copy()
+    part.inputs = tuple(replace(port, slot=5) if port.slot == 1 else port for port in part.inputs)
+    stepwise.continuations = (part,)
+    _refused(stepwise, 9, why="continuation 0 has the buffer key_1")
 
 
 def test_4_written_twice(stepwise: Program) -> None:

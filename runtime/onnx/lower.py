@@ -29,6 +29,8 @@ from skipstone.ir.dialect import (
     CACHED_ATTENTION,
     EXPERTS,
     GATE,
+    PROMPT_MEAN,
+    PROMPT_TURN,
     QUANTIZED_CACHED_ATTENTION,
     SKIP_PREDICATE,
     Kind,
@@ -40,6 +42,7 @@ from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
 from skipstone.ir.formats import parse
 from skipstone.ir.gates import decoding, met_so_far
 from skipstone.ir.program import Program, module_path
+from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.runtime.onnx import attention, experts, gates
 from skipstone.runtime.onnx.layouts import cancel_moves
 from skipstone.runtime.onnx.operators import gather_operators, rotary
@@ -142,6 +145,10 @@ class _OnnxForms(fx.Interpreter):
                 return experts.symbol(*args, **kwargs)
             case _ if target == SKIP_PREDICATE:
                 return self._skip_predicate(*args, **kwargs)
+            case _ if target == PROMPT_TURN:
+                return prompt_turn_reference(*args)
+            case _ if target == PROMPT_MEAN:
+                return prompt_mean_reference(*args)
             case _ if target == GATE:
                 return gates.symbol(*args)
         return super().call_function(target, args, kwargs)

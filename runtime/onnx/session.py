@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnxruntime
 import torch
 from onnxruntime import OrtValue
 from torch import Tensor
 
-from skipstone.ir.program import Program, Role
+from skipstone.ir.program import Program
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.onnx.lower import LoweredModel, lower
 from skipstone.runtime.onnx.memory import large_blocks_apart
-from skipstone.runtime.session import cache_layout, check_cache, step_inputs, written_buffers
+from skipstone.runtime.session import ProgramSession, cache_layout, written_buffers
 
 
-class OnnxSession:
+class OnnxSession(ProgramSession):
     """Runs a program in ONNX Runtime; see `skipstone.runtime.session.Session`.
 
     Weights, inputs and cache buffers are torch memory that ONNX Runtime reads and writes directly. The cache is updated
@@ -53,13 +53,10 @@ class OnnxSession:
             name: torch.from_dlpack(value) for name, value in zip(self._outputs, binding.get_outputs(), strict=True)
         }
 
-    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: KVCache) -> Tensor:
-        """See `Session.step`."""
-        check_cache(self.layout, tokens, cache)
-        values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
-        if self._binding is None or not self._binding.fits(values, cache):
-            logits = next(port.name for port in self.program.outputs if port.role == Role.LOGITS)
-            self._binding = _StepBinding(self._session, logits, values, cache, self._written)
+    def step_outputs(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """See `ProgramSession.step_outputs`."""
+        if self._binding is None or not self._binding.fits(values, cache, names):
+            self._binding = _StepBinding(self._session, names, values, cache, self._written)
         return self._binding.run(values)
 
 
@@ -69,12 +66,12 @@ class _StepBinding:
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
-        logits: str,
+        names: Sequence[str],
         values: Mapping[str, Tensor],
         cache: KVCache,
         written: Mapping[str, str],
     ) -> None:
-        self.session, self.logits = session, logits
+        self.session, self.names = session, list(names)
         self.binding = session.io_binding()
         self.inputs = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in values.items()}
         self.buffers = dict(cache.buffers)
@@ -86,18 +83,21 @@ class _StepBinding:
         for name, buffer in written.items():
             self.binding.bind_ortvalue_output(name, shared[buffer])
 
-    def fits(self, values: Mapping[str, Tensor], cache: KVCache) -> bool:
-        """Whether a step with these inputs and this cache can use the binding."""
+    def fits(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> bool:
+        """Whether a step with these inputs, this cache and these outputs can use the binding."""
+        if self.names != list(names):
+            return False
         same_cache = all(tensor is cache.buffers[name] for name, tensor in self.buffers.items())
         return same_cache and all(values[name].shape == mine.shape for name, mine in self.inputs.items())
 
-    def run(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Run with new input values; the logits are a new tensor."""
+    def run(self, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Run with new input values; the outputs are new tensors."""
         for name, mine in self.inputs.items():
             mine.copy_(values[name])
-        self.binding.bind_output(self.logits, "cpu")  # last, and anew each time: earlier logits stay what they were
+        for name in self.names:  # last, and anew each time: earlier outputs stay what they were
+            self.binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(self.binding)
-        return torch.from_dlpack(self.binding.get_outputs()[-1])
+        return tuple(torch.from_dlpack(value) for value in self.binding.get_outputs()[-len(self.names) :])
 
 
 def share(tensor: Tensor) -> OrtValue:

@@ -1,0 +1,68 @@
+"""Running a program that reads prompts together with those that go on with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.ir.errors import InvalidInput
+from skipstone.ir.program import Role
+from skipstone.runtime.grouped_cache import UNDECIDED, GroupedCache
+from skipstone.runtime.session import ProgramSession
+
+
+class PromptSession:
+    """Reads prompts with one session, and goes on with each sequence with the one that its prompt chose.
+
+    The sequences of a step that go on with the same program run together; see `skipstone.runtime.session.Session`.
+
+    Args:
+        prompts: of a program with continuations.
+        continuations: their sessions, in order.
+    """
+
+    def __init__(self, prompts: ProgramSession, continuations: Sequence[ProgramSession]) -> None:
+        self.program, self.layout = prompts.program, prompts.layout
+        self.prompts, self.continuations = prompts, tuple(continuations)
+
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Session.run`: everything is prompt."""
+        return self.prompts.run(values)
+
+    def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: Any) -> Tensor:
+        """See `Session.step`."""
+        if not isinstance(cache, GroupedCache):
+            raise InvalidInput("the cache was made for another program.", hint="Use the cache that prefill() returned.")
+        if UNDECIDED in cache.groups:
+            whole = cache.groups[UNDECIDED].cache
+            roles = (Role.LOGITS,) if len(self.continuations) == 1 else (Role.LOGITS, Role.CHOICE)
+            logits, *choice = self.prompts.step_roles(tokens, positions, count, logit_rows, whole, *roles)
+            cache.decide(choice[0] if choice else torch.zeros_like(count))
+            return logits
+        inputs = tokens, positions, count, logit_rows
+        if len(cache.groups) == 1:
+            ((number, group),) = cache.groups.items()
+            return self.continuations[number].step(*inputs, group.cache)
+        parts = []
+        for number, group in cache.groups.items():
+            own = [each.index_select(0, group.rows) for each in inputs]
+            parts.append(self.continuations[number].step(own[0], own[1], own[2], own[3], group.cache))
+        rows = torch.cat([group.rows for group in cache.groups.values()])
+        together = torch.cat(parts)
+        return torch.empty_like(together).index_copy_(0, rows, together)
+
+    def new_cache(self, batch: int, capacity: int) -> GroupedCache:
+        """See `Session.new_cache`."""
+        return GroupedCache.undecided(self._layouts, self.prompts.new_cache(batch, capacity))
+
+    def load_cache(self, path: str | os.PathLike[str]) -> GroupedCache:
+        """See `Session.load_cache`."""
+        return GroupedCache.load(path, self._layouts, self.layout, self.program.source.device)
+
+    @property
+    def _layouts(self) -> list[Any]:
+        return [session.layout for session in self.continuations]
