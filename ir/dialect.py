@@ -23,10 +23,13 @@ from skipstone.ir.experts import EXPERTS as EXPERTS
 from skipstone.ir.experts import Activation as Activation
 from skipstone.ir.experts import Layout as Layout
 from skipstone.ir.experts import experts as experts
+from skipstone.ir.experts import experts_reference as experts_reference
 from skipstone.ir.gates import GATE as GATE
 from skipstone.ir.gates import SKIP_PREDICATE as SKIP_PREDICATE
 from skipstone.ir.gates import gate as gate
 from skipstone.ir.gates import skip_predicate as skip_predicate
+from skipstone.ir.predicated import PREDICATED_LINEAR as PREDICATED_LINEAR
+from skipstone.ir.predicated import predicated_linear as predicated_linear
 from skipstone.ir.prompts import PROMPT_MEAN as PROMPT_MEAN
 from skipstone.ir.prompts import PROMPT_TURN as PROMPT_TURN
 from skipstone.ir.prompts import prompt_mean as prompt_mean

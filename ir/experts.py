@@ -63,6 +63,40 @@ def gated(x: Tensor, activation: str, layout: str, alpha: float, limit: float, s
     return activate(gate, activation, alpha) * (up + shift)
 
 
+def experts_reference(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    layout: str,
+    alpha: float = 1.0,
+    limit: float = 0.0,
+    shift: float = 0.0,
+    transposed: bool = False,
+) -> Tensor:
+    """`experts` in plain PyTorch operators; gradients pass through it."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    result = torch.zeros_like(x, dtype=exact)
+
+    def product(rows: Tensor, stack: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+        matrix = stack[expert].to(exact)
+        return F.linear(rows, matrix.T if transposed else matrix, None if bias is None else bias[expert].to(exact))
+
+    for expert in index.unique().tolist():
+        if 0 <= expert < up.shape[0]:
+            token, choice = torch.where(index == expert)
+            hidden = product(x[token].to(exact), up, up_bias, expert)
+            hidden = gated(hidden, activation, layout, alpha, limit, shift)
+            out = product(hidden, down, down_bias, expert)
+            result.index_add_(0, token, out * weights[token, choice, None].to(exact))
+    return result.to(x.dtype)
+
+
 @torch.library.custom_op("skipstone::experts", mutates_args=())
 def experts(
     x: Tensor,
@@ -97,21 +131,9 @@ def experts(
     Returns:
         [T, H] in x's dtype.
     """
-    exact = torch.promote_types(x.dtype, torch.float32)
-    result = torch.zeros_like(x, dtype=exact)
-
-    def product(rows: Tensor, stack: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-        matrix = stack[expert].to(exact)
-        return F.linear(rows, matrix.T if transposed else matrix, None if bias is None else bias[expert].to(exact))
-
-    for expert in index.unique().tolist():
-        if 0 <= expert < up.shape[0]:
-            token, choice = torch.where(index == expert)
-            hidden = product(x[token].to(exact), up, up_bias, expert)
-            hidden = gated(hidden, activation, layout, alpha, limit, shift)
-            out = product(hidden, down, down_bias, expert)
-            result.index_add_(0, token, out * weights[token, choice, None].to(exact))
-    return result.to(x.dtype)
+    options = {"activation": activation, "layout": layout, "alpha": alpha, "limit": limit, "shift": shift}
+    operands = (x, index, weights, up, down, up_bias, down_bias)
+    return experts_reference(*operands, **options, transposed=transposed)  # type: ignore[arg-type]
 
 
 @experts.register_fake

@@ -80,15 +80,16 @@ def make_objective(choice: Choice, batches: Sequence[Batch], full: Iterable[Tens
         return math.inf if math.isnan(found) else found
 
     if choice == "kl":
-        reference = [_log_probabilities(logits, batch.counted) for logits, batch in zip(full, batches, strict=True)]
+        reference = [log_probabilities(logits, batch.counted) for logits, batch in zip(full, batches, strict=True)]
         if not all(bool(torch.isfinite(each.exp()).all()) for each in reference):
             raise InvalidInput("the calibration data leads to NaN logits.")
 
-        def divergence(logits: Iterable[Tensor]) -> float:
+        def mean_divergence(logits: Iterable[Tensor]) -> float:
             parts = zip(reference, logits, batches, strict=True)
-            return mean(_kl(known, _log_probabilities(each, batch.counted)) for known, each, batch in parts)
+            rows = (divergence(known, log_probabilities(each, batch.counted)) for known, each, batch in parts)
+            return mean(float(each.mean()) for each in rows)
 
-        return divergence
+        return mean_divergence
     metric = _nll if choice == "nll" else choice
     base = mean(metric(each, batch) for each, batch in zip(full, batches, strict=True))
     if not math.isfinite(base):
@@ -101,16 +102,19 @@ def _counted(choice: Choice, batch: Batch) -> Tensor:
     return batch.targets != IGNORED if choice == "nll" else batch.counted
 
 
-def _log_probabilities(logits: Tensor, counted: Tensor) -> Tensor:
-    """[counted tokens, vocabulary], float32 or better."""
+def log_probabilities(logits: Tensor, counted: Tensor) -> Tensor:
+    """[counted tokens, vocabulary], float32 or better, of logits [B, S, vocabulary] where bool [B, S] is true."""
     chosen = logits[counted.to(logits.device)]
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1)
 
 
-def _kl(reference: Tensor, other: Tensor) -> float:
-    """Mean over rows of KL(reference || other), nats; what has no probability in the reference adds nothing."""
+def divergence(reference: Tensor, other: Tensor) -> Tensor:
+    """KL(reference || other) of log-probabilities [rows, vocabulary], nats: float64 [rows].
+
+    What has no probability in the reference adds nothing. Gradients pass through it.
+    """
     terms = torch.where(reference.isneginf(), 0, reference.exp() * (reference - other))
-    return float(terms.sum(-1, dtype=torch.float64).mean())
+    return terms.sum(-1, dtype=torch.float64)
 
 
 def _nll(logits: Tensor, batch: Batch) -> float:
