@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from skipstone.budget import Budget as Budget
     from skipstone.budget import Certificate as Certificate
     from skipstone.calibrate import tokenize as tokenize
+    from skipstone.find import find_adaptive_ffn as find_adaptive_ffn
+    from skipstone.find import find_skip_by_prompt as find_skip_by_prompt
     from skipstone.masking import mask_tokens as mask_tokens
     from skipstone.optimize import optimize as optimize
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
@@ -39,6 +41,8 @@ _HOME = {
     "SkipByPrompt": "skipstone.passes.skip_by_prompt",
     "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
+    "find_adaptive_ffn": "skipstone.find",
+    "find_skip_by_prompt": "skipstone.find",
     "mask_tokens": "skipstone.masking",
     "optimize": "skipstone.optimize",
     "tokenize": "skipstone.calibrate",

@@ -86,6 +86,7 @@ class Certificate:
         sequences, tokens: how many sequences and predictions it was measured on; 0 for ``evaluate``.
         data: sha256 of the validation tokens, "" for ``evaluate``.
         target: what the executable ran on.
+        part: of a plan that skips by prompt, the set whose sequences it is about; "" for all of them.
     """
 
     metric: str
@@ -97,6 +98,7 @@ class Certificate:
     tokens: int
     data: str
     target: str
+    part: str = ""
 
     @property
     def holds(self) -> bool:
@@ -106,10 +108,11 @@ class Certificate:
     def __str__(self) -> str:
         sign = ("<", ">=") if self.metric == "top1" else (">", "<=")
         relation = sign[self.holds]
-        if not self.sequences:
+        name = f"{self.part}, {self.metric}" if self.part else self.metric
+        if self.metric == "evaluate":
             return f"{self.metric}: drop of {self.value:.4g} {relation} {self.limit:g}, without a bound"
         return (
-            f"{self.metric}: {self.value:.4g}, at {self.confidence:.1%} confidence {self.bound:.4g} {relation} "
+            f"{name}: {self.value:.4g}, at {self.confidence:.1%} confidence {self.bound:.4g} {relation} "
             f"{self.limit:g} ({self.sequences} sequences, {self.tokens:,} predictions)"
         )
 
@@ -152,7 +155,7 @@ class Comparison:
         return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
     def certificate(self, metric: str, limit: float, confidence: float, data: str, target: str) -> Certificate:
-        """The figure of a metric and its bound, from at least two sequences.
+        """The figure of a metric and its bound; less than two sequences prove nothing, and the bound is infinite.
 
         A figure is infinite where the rewritten form rules out what the model, or the text, does not.
 
@@ -165,9 +168,13 @@ class Comparison:
                 f"budget: {metric} on the validation data is {value}.", hint="Look at the model's logits."
             )
         sequences, tokens = len(self.tokens), int(self.tokens.sum())
-        margin = 0.0 if math.isinf(value) else student_quantile(confidence, sequences - 1) * error
+        margin = math.inf
+        if sequences > 1:
+            margin = 0.0 if math.isinf(value) else student_quantile(confidence, sequences - 1) * error
         if metric == "top1":
-            if value == 1.0:  # no spread to estimate from: the exact bound for no disagreement in so many trials
+            if (
+                value == 1.0 and sequences > 1
+            ):  # no spread to estimate from: the exact bound for no disagreement in so many trials
                 margin = 1 - (1 - confidence) ** (1 / tokens)
             return Certificate(metric, limit, value, value - margin, confidence, sequences, tokens, data, target)
         return Certificate(metric, limit, value, value + margin, confidence, sequences, tokens, data, target)
@@ -178,6 +185,8 @@ def _ratio(above: Tensor, below: Tensor) -> tuple[float, float]:
     count = len(above)
     ratio = float(above.sum() / below.sum())
     residual = above - ratio * below
+    if count < 2:
+        return ratio, math.inf
     return ratio, float(residual.square().sum().mul(count / (count - 1)).sqrt() / below.sum())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,12 +14,13 @@ from skipstone.budget import Budget, Certificate, Comparison, compare, data_hash
 from skipstone.calibrate import IGNORED, Batch, program_inputs
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role
-from skipstone.ir.stream import note_layers
+from skipstone.ir.stream import find_stream, note_layers
 from skipstone.objective import check_labels
 from skipstone.plan import Plan
 from skipstone.report import measure
 from skipstone.runtime.denoise import MaskedLM
-from skipstone.runtime.executable import Executable, TokenModel, is_causal_lm, is_masked_lm
+from skipstone.runtime.executable import Executable, Layout, TokenModel, is_causal_lm, is_masked_lm
+from skipstone.runtime.grouped_cache import GroupedCache
 from skipstone.search import search
 
 PROMPT, NEW_TOKENS, RUNS = 64, 16, 5
@@ -135,60 +137,132 @@ def certify(
     """
     certificates: list[Certificate] = []
     data = data_hash(batches)
-    if _decides_in_decoding(changed):
+    if decides_in_decoding(changed):
         batches = [_behind_prompts(batch) for batch in batches]
     if budget.limits:
-        seen = compare(lambda batch: logits(full, batch), lambda batch: logits(changed, batch), batches, progress)
-        confidence = 1 - (1 - budget.confidence) / attempts
+        apart = by_set(changed, batches) if changed.program.continuations else {"": list(batches)}
+        seen = {
+            part: compare(lambda batch: logits(full, batch), lambda batch: logits(changed, batch), own, progress)
+            for part, own in apart.items()
+        }
+        error = (1 - budget.confidence) / attempts
+        whole = Comparison.concatenate(list(seen.values()))
         for metric, limit in budget.limits.items():
-            certificates.append(seen.certificate(metric, limit, confidence, data, changed.target))
+            certificates.append(whole.certificate(metric, limit, 1 - error, data, changed.target))
+            if len(changed.program.continuations) > 1:  # all of these hold together, with the same confidence
+                share = 1 - error / len(changed.program.continuations)
+                certificates += [
+                    replace(own.certificate(metric, limit, share, data, changed.target), part=part)
+                    for part, own in seen.items()
+                ]
+                worst = -math.inf if metric == "top1" else math.inf
+                certificates += [
+                    Certificate(metric, limit, worst, worst, share, 0, 0, data, changed.target, part)
+                    for part in _unseen(changed.program, seen)
+                ]
     if budget.evaluate is not None and budget.max_drop is not None:
         drop = budget.evaluate(full) - budget.evaluate(changed)
         certificates.append(Certificate("evaluate", budget.max_drop, drop, drop, 0.0, 0, 0, "", changed.target))
     return tuple(certificates)
 
 
-def logits(model: Executable, batch: Batch) -> Tensor:
-    """Logits [B, S, V] of a batch, read in one go; those of padding mean nothing.
+def _unseen(program: Program, seen: Collection[str]) -> list[str]:
+    """The sets that no sequence chose: nothing is known of them. One that skips nothing is none of them."""
+    whole = len(find_stream(program).sublayers)
+    parts = [(f"set {number}", part) for number, part in enumerate(program.continuations)]
+    return [name for name, part in parts if name not in seen and len(find_stream(part).sublayers) < whole]
 
-    Where a program decides token by token what to skip, the first half of each sequence counts as its prompt, and the
-    rest as decoded: that gives what decoding step by step gives.
+
+def logits(model: Executable, batch: Batch) -> Tensor:
+    """Logits [B, S, V] of a batch, those of padding mean nothing.
+
+    They are read in one go. Where decoded tokens are computed in another way than prompts, the first half of each
+    sequence is read as its prompt, and then the rest, which gives what decoding step by step gives.
     """
     if isinstance(model, MaskedLM):
         return model.predict(batch.tokens, batch.valid)
     assert isinstance(model, TokenModel)
     tokens, layout = model.prepare(batch.tokens, batch.valid)
-    cache = None
-    if _decides_in_decoding(model):
-        cache = model.new_cache(len(tokens), layout.width, spare=0)
-        cache.decode_start = _prompts(batch).to(model.device)
-    return model.advance(tokens, layout, layout.rows(layout.width), cache=cache)
+    if not decides_in_decoding(model):
+        return model.advance(tokens, layout, layout.rows(layout.width))
+    prompts, columns = prompt_lengths(batch).to(model.device), torch.arange(layout.width, device=model.device)
+    cache = model.new_cache(len(tokens), layout.width, spare=0)
+    cache.decode_start = prompts
+    width = int(prompts.max())
+    parts = [model.advance(tokens[:, :width], Layout(width, prompts, None), rows(prompts, width), cache=cache)]
+    if (behind := int((layout.counts - prompts).max())) > 0:
+        later = (prompts.unsqueeze(1) + columns[:behind]).clamp(max=layout.width - 1)
+        counts = (layout.counts - prompts).clamp(min=1)  # a prompt without anything behind it reads one token more
+        parts.append(
+            model.advance(tokens.gather(1, later), Layout(behind, counts, None), rows(prompts, behind), cache=cache)
+        )
+    inside = columns < prompts.unsqueeze(1)
+    place = torch.where(inside, columns, columns - prompts.unsqueeze(1) + width)
+    together = torch.cat(parts, dim=1)
+    place = place.clamp(max=together.shape[1] - 1).unsqueeze(-1)
+    return together.gather(1, place.expand(-1, -1, together.shape[-1]))
 
 
-def _decides_in_decoding(model: Executable) -> bool:
+def rows(like: Tensor, width: int) -> Tensor:
+    """int64 [B, width]: the first rows of each sequence."""
+    return torch.arange(width, device=like.device).expand(len(like), width).contiguous()
+
+
+def decides_in_decoding(model: Executable) -> bool:
     """Whether decoded tokens are computed in another way than those of the prompt."""
-    return model.program.input(Role.DECODE_START) is not None
+    return model.program.input(Role.DECODE_START) is not None or bool(model.program.continuations)
 
 
-def _prompts(batch: Batch) -> Tensor:
-    """int64 [B]: the first half of each sequence."""
+def by_set(model: Executable, batches: Sequence[Batch]) -> dict[str, list[Batch]]:
+    """The sequences apart by the set that their prompts choose, under a plan that skips by prompt.
+
+    Returns:
+        by name of the set, e.g. ``"set 2"``, those sequences; sets that no prompt chooses are missing.
+    """
+    found: dict[str, list[Batch]] = {}
+    for batch in batches:
+        choice = chosen_sets(model, batch)
+        for number in sorted(set(choice.tolist())):
+            found.setdefault(f"set {number}", []).append(batch.sequences(choice == number))
+    return dict(sorted(found.items()))
+
+
+def chosen_sets(model: Executable, batch: Batch) -> Tensor:
+    """int64 [B], on the CPU: the set that the prompt of each sequence chooses."""
+    assert isinstance(model, TokenModel)
+    prompts = prompt_lengths(batch)
+    mask = torch.arange(batch.tokens.shape[1]) < prompts.unsqueeze(1)
+    _, cache = model.prefill(batch.tokens, mask)
+    assert isinstance(cache, GroupedCache)
+    return cache.choice.cpu()
+
+
+def prompt_lengths(batch: Batch) -> Tensor:
+    """int64 [B]: the first half of each sequence, which counts as its prompt."""
     return (batch.valid.sum(dim=1) + 1) // 2
 
 
 def _behind_prompts(batch: Batch) -> Batch:
     """The batch with nothing to predict inside of the prompts."""
-    inside = torch.arange(batch.tokens.shape[1]) < _prompts(batch).unsqueeze(1)
+    inside = torch.arange(batch.tokens.shape[1]) < prompt_lengths(batch).unsqueeze(1)
     return replace(batch, labels=batch.targets.masked_fill(inside, IGNORED))
 
 
 def speedup(full: Executable, changed: Executable, batches: Sequence[Batch]) -> float:
-    """Measured time of a decode step (without a cache: of the whole prompt) of the model over that of a plan."""
+    """Measured time of a decode step (without a cache: of the whole prompt) of the model over that of a plan.
+
+    Of a plan that skips by prompt, the mean over its sets counts, weighted by the sequences that choose them.
+    """
     room = PROMPT + NEW_TOKENS if full.limit is None else min(PROMPT + NEW_TOKENS, full.limit)
     new_tokens = min(NEW_TOKENS, room // 2)
-    batch = batches[0]
-    prompt = batch.tokens[:1, : int(batch.valid[0].sum())][:, : room - new_tokens]
-    times = measure({"full": full, "changed": changed}, prompt, new_tokens, RUNS)  # type: ignore[dict-item]
-    before, after = (times[name].decode_ms or times[name].prefill_ms for name in ("full", "changed"))
+    groups = by_set(changed, batches).values() if changed.program.continuations else [batches]
+    before = after = 0.0
+    for group in groups:
+        batch, share = group[0], sum(len(each.tokens) for each in group)
+        prompt = batch.tokens[:1, : int(batch.valid[0].sum())][:, : room - new_tokens]
+        times = measure({"full": full, "changed": changed}, prompt, new_tokens, RUNS)  # type: ignore[dict-item]
+        before += share * (times["full"].decode_ms or times["full"].prefill_ms)
+        after += share * (times["changed"].decode_ms or times["changed"].prefill_ms)
     return before / after
 
 

@@ -98,7 +98,7 @@ def optimize(
     _check_budget(budget, plan, calibration)
     stages = _Stages(progress)
     with stages("capture"):
-        captured = _capture(model, example_inputs, dynamic_shapes)
+        captured = capture(model, example_inputs, dynamic_shapes)
         batches = [] if calibration is None else token_batches(calibration, captured.source)
     if plan.model not in (None, captured.source.fingerprint):
         stages.close()
@@ -322,9 +322,17 @@ def _resolve(target: str, model: nn.Module) -> Any:
     return target
 
 
-def _capture(
-    model: nn.Module, example: Mapping[str, Tensor] | None, dynamic: Mapping[str, Sequence[int]] | None
+def capture(
+    model: nn.Module,
+    example: Mapping[str, Tensor] | None = None,
+    dynamic: Mapping[str, Sequence[int]] | None = None,
 ) -> Program:
+    """The program of a model; the arguments are those of `optimize`.
+
+    Raises:
+        UserError: the inputs of a plain module are not known.
+        Unsupported: it cannot be captured exactly.
+    """
     if isinstance(model, PreTrainedModel):
         from skipstone.ir.capture.huggingface import capture_huggingface
 

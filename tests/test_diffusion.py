@@ -264,7 +264,7 @@ def optimized(data: Any, **options: Any) -> Any:
 
 def test_a_budget_is_searched_and_proved_on_masked_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer 1 is the only one that may go: of it, nothing reaches a mask."""
-    monkeypatch.setattr(sys.modules[skipstone.optimize.__module__], "_capture", lambda *_: program().copy())
+    monkeypatch.setattr(sys.modules[skipstone.optimize.__module__], "capture", lambda *_: program().copy())
     monkeypatch.setattr(certify, "speedup", lambda *_: 2.0)
     data = mask_tokens(list(texts(20, 16).split(4)), MASK, keep=(BEGIN,))
     opt = optimized(data, budget=Budget(kl=0.0, top1=0.9))

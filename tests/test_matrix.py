@@ -108,7 +108,7 @@ def executable(heads: str, case: str, target: Any, dtype: torch.dtype = torch.fl
 
 def optimized(model: Any, plan: Plan, target: Any) -> Any:
     """What `optimize` gives. Capturing, which is the same for every plan and target, is done once a model."""
-    with patch.object(import_module("skipstone.optimize"), "_capture", lambda model, *_: captured(model)):
+    with patch.object(import_module("skipstone.optimize"), "capture", lambda model, *_: captured(model)):
         return skipstone.optimize(model, plan, target=target, threads=1, progress=False)
 
 

@@ -84,7 +84,7 @@ def executable(heads: str, name: str, target: Any = "eager", dtype: torch.dtype 
 def optimized(heads: str, plan: Plan, target: Any = "eager", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """What `optimize` gives; the model is captured once."""
     options = {"calibration": CALIBRATION, "progress": False, "threads": 1} | options
-    with patch.object(import_module("skipstone.optimize"), "_capture", lambda *_: captured(heads, dtype).copy()):
+    with patch.object(import_module("skipstone.optimize"), "capture", lambda *_: captured(heads, dtype).copy()):
         return skipstone.optimize(model(heads, dtype), plan, target=target, **options)
 
 
@@ -238,7 +238,7 @@ def test_other_attentions(name: str) -> None:
     """Learned positions, windows and soft caps, partial rotation, learned sinks."""
     plan = Plan([QuantizeKV(**OTHERS[name])])
     ids = models.tokens(2, 30)
-    with patch.object(import_module("skipstone.optimize"), "_capture", lambda *_: models.program(name).copy()):
+    with patch.object(import_module("skipstone.optimize"), "capture", lambda *_: models.program(name).copy()):
         calibration = [models.tokens(2, 30, seed=1)]
         opt = skipstone.optimize(
             models.model(name), plan, target="eager", calibration=calibration, progress=False, threads=1
@@ -392,7 +392,7 @@ def test_impossible_plans_are_refused(options: dict[str, Any], message: str) -> 
 
 def test_a_plan_with_static_scales_needs_data_before_anything_is_done() -> None:
     with (
-        patch.object(import_module("skipstone.optimize"), "_capture", side_effect=AssertionError("captured")),
+        patch.object(import_module("skipstone.optimize"), "capture", side_effect=AssertionError("captured")),
         pytest.raises(skipstone.errors.InvalidPlan, match=r"calibration=.*granularity='token'"),
     ):
         skipstone.optimize(model("gqa"), Plan([QuantizeKV()]), target="eager", progress=False)
@@ -426,7 +426,7 @@ def test_calibration_that_leads_to_nan_is_refused() -> None:
     delattr(module, leaf)
     module.register_buffer(leaf, tensor.clone().index_fill(0, torch.tensor([3]), float("nan")))
     with (
-        patch.object(import_module("skipstone.optimize"), "_capture", lambda *_: broken),
+        patch.object(import_module("skipstone.optimize"), "capture", lambda *_: broken),
         pytest.raises(skipstone.errors.InvalidInput, match=r"keys at model\.layers\.1\.self_attn.*NaN"),
     ):
         skipstone.optimize(model("gqa"), Plan([QuantizeKV()]), target="eager", calibration=CALIBRATION, progress=False)
@@ -456,7 +456,7 @@ def test_what_onnx_runtime_lacks_is_refused(options: dict[str, Any], message: st
 )
 def test_formats_that_do_not_fit_the_head_size_are_refused(options: dict[str, Any], message: str) -> None:
     with (
-        patch.object(import_module("skipstone.optimize"), "_capture", lambda *_: models.program("llama").copy()),
+        patch.object(import_module("skipstone.optimize"), "capture", lambda *_: models.program("llama").copy()),
         pytest.raises(skipstone.errors.InvalidPlan, match=message),
     ):
         skipstone.optimize(models.model("llama"), Plan([QuantizeKV(**options)]), target="eager", progress=False)

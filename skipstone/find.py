@@ -1,0 +1,64 @@
+"""Plans whose settings follow from data, for a model as a user has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from skipstone.adaptive import calibrate_adaptive_ffn
+from skipstone.calibrate import CalibrationData, joined, token_batches
+from skipstone.ir.capture.exported import refuse_unusable
+from skipstone.optimize import capture
+from skipstone.plan import Plan
+from skipstone.prompts import skip_by_prompt
+
+
+def find_adaptive_ffn(
+    model: nn.Module,
+    calibration: CalibrationData,
+    share: float = 0.25,
+    *,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+) -> Plan:
+    """A plan by which each token skips about this share of the FFNs; see `skipstone.adaptive.calibrate_adaptive_ffn`.
+
+    Nothing is said about quality: give the plan to `optimize` together with a budget.
+
+    Args:
+        model, calibration, example_inputs: as of `optimize`.
+        share: mean share of all FFNs that a token is to skip.
+        settings: further settings of the calibration.
+    Raises:
+        UserError: the model, the data or a setting cannot be used.
+        Unsupported: no such share of the FFNs leaves tokens nearly as they were.
+    """
+    refuse_unusable(model)
+    program = capture(model, example_inputs)
+    entry = calibrate_adaptive_ffn(program, joined(token_batches(calibration, program.source)), share, **settings)
+    return Plan([entry], model=program.source.fingerprint)
+
+
+def find_skip_by_prompt(
+    model: nn.Module,
+    calibration: CalibrationData,
+    *,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+) -> Plan:
+    """A plan with sublayers to skip for each kind of prompts; see `skipstone.prompts.skip_by_prompt`.
+
+    Give the plan to `optimize` together with a budget, which is then proved for each kind.
+
+    Args:
+        model, calibration, example_inputs: as of `optimize`.
+        settings: how many kinds (``sets``), when to stop (``limit``, ``count`` or ``saving``), and further settings.
+    Raises:
+        UserError: the model, the data or a setting cannot be used.
+        Unsupported: nothing can be left out.
+    """
+    refuse_unusable(model)
+    program = capture(model, example_inputs)
+    return skip_by_prompt(program, joined(token_batches(calibration, program.source)), **settings)
