@@ -293,6 +293,7 @@ FLOPS: dict[str, Callable[[fx.Node, Sizes], sympy.Expr]] = {
     "skipstone::attention": _attention_flops,
     "skipstone::cached_attention": _attention_flops,
     "skipstone::experts": _experts_flops,
+    "skipstone::predicated_linear": _product_flops,
 }
 
 

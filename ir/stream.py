@@ -18,7 +18,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, GATE
+from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, GATE, PREDICATED_LINEAR
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
 
@@ -32,6 +32,7 @@ _CASTS = (
 _PRODUCTS = (
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
     aten.baddbmm.default, aten.conv1d.default, aten.convolution.default, aten.einsum.default, EXPERTS,
+    PREDICATED_LINEAR,
 )  # fmt: skip
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.rsqrt.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -146,8 +147,8 @@ class _Finder:
         for node in program.nodes():
             if isinstance(node.meta.get("val"), torch.SymInt | int | float):
                 continue
-            # What a gate skips is decided from earlier values of the stream, which do not pass through the gate.
-            passed = [node.args[0]] if node.target is GATE else node.all_input_nodes
+            # Which rows skip is decided from earlier values of the stream, which do not pass through what obeys.
+            passed = [node.args[0]] if node.target in (GATE, PREDICATED_LINEAR) else node.all_input_nodes
             for operand in passed:
                 if operand in self.graph:
                     self.graph.add_edge(operand, node)
