@@ -138,7 +138,7 @@ def certify(
     certificates: list[Certificate] = []
     data = data_hash(batches)
     if decides_in_decoding(changed):
-        batches = [_behind_prompts(batch) for batch in batches]
+        batches = [behind_prompts(batch) for batch in batches]
     if budget.limits:
         apart = by_set(changed, batches) if changed.program.continuations else {"": list(batches)}
         seen = {
@@ -242,8 +242,8 @@ def prompt_lengths(batch: Batch) -> Tensor:
     return (batch.valid.sum(dim=1) + 1) // 2
 
 
-def _behind_prompts(batch: Batch) -> Batch:
-    """The batch with nothing to predict inside of the prompts."""
+def behind_prompts(batch: Batch) -> Batch:
+    """The batch with nothing to predict inside of the prompts, see `prompt_lengths`."""
     inside = torch.arange(batch.tokens.shape[1]) < prompt_lengths(batch).unsqueeze(1)
     return replace(batch, labels=batch.targets.masked_fill(inside, IGNORED))
 

@@ -113,7 +113,7 @@ def optimize(
             options = {"target": target, "cache": cache, "strict": strict, "batches": batches, "progress": progress}
             program, refusal = rewrite(captured, plan, **options)  # type: ignore[arg-type]
         with stages("lower"):
-            session = _lower(program, target, threads)
+            session = lower(program, target, threads)
         report = Report(
             model=captured.source.name,
             target=target,
@@ -345,7 +345,12 @@ def capture(
     return capture_module(model, example, dynamic)
 
 
-def _lower(program: Program, target: str, threads: int | None) -> Session:
+def lower(program: Program, target: str, threads: int | None = None) -> Session:
+    """The session of a rewritten program and of what continues it.
+
+    Raises:
+        Unsupported: the target has no exact form for an operator or dtype.
+    """
     session = _session(program, target, threads)
     if not program.continuations:
         return session

@@ -246,7 +246,7 @@ def test_bad_calls_of_what_optimize_returns() -> None:
         ("skipstone.ir.capture.huggingface", "to_program"),
         ("skipstone.ir.capture.huggingface", "compare"),
         ("skipstone.optimize", "rewrite"),
-        ("skipstone.optimize", "_lower"),
+        ("skipstone.optimize", "lower"),
     ],
 )
 def test_an_interrupt_leaves_the_model_as_it_was(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,18 +352,19 @@ def test_with_adaptive_ffns_that_always_skip() -> None:
 
 
 @cache
-def lowered() -> Any:
+def lowered(name: str = "llama") -> Any:
     """On ONNX Runtime, in float32."""
-    program, _ = rewrite(captured("llama", torch.float32), plan("llama"), target="onnxruntime")
+    program, _ = rewrite(captured(name, torch.float32), plan(name), target="onnxruntime")
     return Executable(PromptSession(OnnxSession(program, 1), [OnnxSession(part, 1) for part in program.continuations]))
 
 
-def test_onnx_runtime_decides_and_decodes_the_same() -> None:
-    opt = lowered()
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "gpt_neox"))])
+def test_onnx_runtime_decides_and_decodes_the_same(name: str) -> None:
+    opt = lowered(name)
     _, kept = opt.prefill(batch()[:, :PROMPT])
     assert kept.choice.tolist() == [0, 1, 2, 3]
     for chunk in (1, 4):
-        assert_close(decoded(opt, batch(), chunk=chunk), oracle("llama").float(), within=1e-5)
+        assert_close(decoded(opt, batch(), chunk=chunk), oracle(name).float(), within=1e-5)
 
 
 def test_generation_is_that_of_each_row_alone() -> None:
