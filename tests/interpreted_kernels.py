@@ -6,18 +6,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.formats import parse
 from skipstone.kernels.call import Call
+from skipstone.kernels.predicated_linear import linear_launch
 from skipstone.kernels.quantized_cached_attention import launches
-from tests import kernel_cases
+from tests import kernel_cases, predicated_cases
 from tests.kernel_cases import FORMATS, GROUPS_AND_WIDTHS, LENGTHS, buffers
 
 
@@ -125,3 +130,97 @@ def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(InvalidInput, match="float32"):
         static = torch.ones(1, 64, dtype=torch.float64)
         Call(q, q, q, *caches, start, None, static, static, k_format="int8_channel", v_format="int8_channel").check()
+
+
+# predicated_linear
+
+
+def obey(
+    x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor | None = None, arch: int = 80, processors: int = 4
+) -> Tensor:
+    """What is launched on a device of this generation with so many processors."""
+    out = torch.full((*x.shape[:2], weight.shape[0]), float("nan"), dtype=x.dtype)
+    linear_launch(x, weight, skip, bias, out, arch, processors)()
+    return out
+
+
+@pytest.mark.parametrize("who", predicated_cases.DECISIONS)
+@pytest.mark.parametrize("shape", predicated_cases.SHAPES, ids=str)
+def test_rows_that_skip_are_zeros_and_others_are_exact(shape: tuple[int, int, int, int], who: str) -> None:
+    predicated_cases.check(obey, shape, who)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("shape", [(3, 1, 48, 80), (1, 130, 64, 144), (1, 130, 63, 20)], ids=str)
+def test_half_precision(shape: tuple[int, int, int, int], arch: int) -> None:
+    predicated_cases.check(partial(obey, arch=arch), shape, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("options", [{"transposed": True}, {"strided": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 40, 72), (1, 40, 70, 96)], ids=str)
+def test_weights_with_any_strides(shape: tuple[int, int, int, int], options: dict[str, bool]) -> None:
+    predicated_cases.check(obey, shape, **options)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 132])
+def test_tiles_of_any_width_give_the_same(processors: int) -> None:
+    predicated_cases.check(partial(obey, processors=processors), (1, 3, 80, 250))
+
+
+@contextmanager
+def watched() -> Iterator[list[Any]]:
+    """The addresses that kernels load from meanwhile, in arrays."""
+    addresses: list[Any] = []
+    original = InterpreterBuilder.create_masked_load
+
+    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        addresses.append(pointers.data[mask.data])
+        return original(self, pointers, mask, *rest)
+
+    with patch.object(InterpreterBuilder, "create_masked_load", load):
+        yield addresses
+
+
+def read(addresses: list[Any], *tensors: Tensor) -> list[int]:
+    """How many elements of each tensor were loaded, each counted once, and how many of none of them."""
+    rest = {int(address) for each in addresses for address in each.flatten()}
+    counts = []
+    for x in tensors:
+        inside = {address for address in rest if x.data_ptr() <= address < x.data_ptr() + x.nbytes}
+        rest -= inside
+        counts.append(len(inside))
+    return [*counts, len(rest)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nothing_is_read_where_every_row_skips(dtype: torch.dtype) -> None:
+    """Neither the weight, the bias nor x; what they hold, not even NaN, makes no difference."""
+    x, weight, bias = (torch.full(shape, float("nan"), dtype=dtype) for shape in ((3, 2, 40), (72, 40), (72,)))
+    skip = torch.ones(3, 2, dtype=torch.bool)
+    with watched() as addresses:
+        out = obey(x, weight, skip, bias)
+    assert torch.equal(out, torch.zeros(3, 2, 72, dtype=dtype))
+    assert read(addresses, x, weight, bias, skip) == [0, 0, 0, 6, 0]
+    skip[1, 1] = False
+    with watched() as addresses:
+        assert obey(x, weight, skip, bias)[1, 1].isnan().all()
+    assert read(addresses, x, weight, bias, skip) == [40, 72 * 40, 72, 6, 0]
+
+
+def test_tiles_of_a_prompt_read_only_the_rows_that_do_not_skip() -> None:
+    x, weight, skip = torch.randn(1, 150, 24), torch.randn(8, 24), torch.ones(1, 150, dtype=torch.bool)
+    skip[0, 70:72] = False
+    with watched() as addresses:
+        obey(x, weight, skip)
+    assert read(addresses, x, weight, skip) == [2 * 24, 8 * 24, 150, 0]
+
+
+def test_linear_layers_without_a_kernel_are_refused() -> None:
+    x, skip = torch.randn(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool)
+    weight = torch.randn(4, 8)
+    with pytest.raises(Unsupported, match="float64"):
+        obey(x.double(), weight.double(), skip)
+    with pytest.raises(Unsupported, match=r"sm_75.* sm_80 or later"):
+        obey(x, weight, skip, arch=75)
+    with pytest.raises(Unsupported, match=r"a weight \(4, 8\) with strides \(16777216, 1\)"):
+        obey(x, torch.empty_strided((4, 8), (2**24, 1), device="meta"), skip)

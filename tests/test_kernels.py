@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,68 @@ def test_registers_and_shared_memory_of_dtypes(
 def test_registers_and_shared_memory_of_groups(arch: str, form: str, group: int) -> None:
     for queries in (1, 8):
         check_that_it_fits(arch, form, form, 128, queries=queries, group=group, options=True)
+
+
+def predicated_launch(
+    rows: int, columns: int, width: int, dtype: torch.dtype, arch: str, transposed: bool = False
+) -> Any:
+    """The launch of `predicated_linear` on tensors without data, for a device with as many processors as an H100."""
+    from skipstone.kernels.predicated_linear import linear_launch
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = tensor(width, columns).t() if transposed else tensor(columns, width)
+    x, skip, out = tensor(1, rows, width), tensor(1, rows, dtype=torch.bool), tensor(1, rows, columns)
+    return linear_launch(x, weight, skip, tensor(columns), out, int(arch.removeprefix("sm_")), 132)
+
+
+def check_that_a_linear_layer_fits(arch: str, *options: Any, **more: Any) -> None:
+    """Registers and shared memory of `predicated_launch`."""
+    from skipstone.kernels.compile import usage
+
+    needs = usage(predicated_launch(*options, arch=arch, **more), arch)
+    assert needs.spilled == 0 and needs.registers <= 255, (options, more, needs)
+    assert needs.shared <= SHARED[arch] * 1024, (options, more, needs)
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize(
+    ("rows", "columns", "width", "dtype"),
+    [
+        (1, 14336, 4096, torch.bfloat16),  # both matrices of an FFN of Llama 3 with 8 billion parameters
+        (1, 4096, 14336, torch.bfloat16),
+        (1, 4096, 14336, torch.float32),
+        (2048, 14336, 4096, torch.float16),
+        (300, 47, 33, torch.bfloat16),  # nothing that 16 divides
+    ],
+    ids=str,
+)
+def test_registers_and_shared_memory_of_linear_layers(
+    arch: str, rows: int, columns: int, width: int, dtype: torch.dtype
+) -> None:
+    check_that_a_linear_layer_fits(arch, rows, columns, width, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 17, 33, 1024])
+def test_registers_and_shared_memory_of_all_tiles(arch: str, dtype: torch.dtype, rows: int) -> None:
+    for columns, width in ((28672, 4096), (14336, 4096), (4096, 14336), (47000, 33), (47, 33), (1, 1)):
+        check_that_a_linear_layer_fits(arch, rows, columns, width, dtype)
+    for columns, width in ((28672, 4096), (3072, 768), (3073, 767)):
+        check_that_a_linear_layer_fits(arch, rows, columns, width, dtype, transposed=True)
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("rows", [1, 1024])
+def test_compiled_code_looks_at_the_decisions_before_anything_else(arch: str, rows: int) -> None:
+    """In front of the first branch of the program nothing is loaded but bytes, and behind it are the copies of x."""
+    from skipstone.kernels.compile import compile_launch
+
+    ptx = compile_launch(predicated_launch(rows, 4096, 14336, torch.bfloat16, arch), arch).asm["ptx"]
+    before, _, behind = ptx.partition(" bra ")
+    loads = re.findall(r"ld\.global\S*|cp\.async\.c\S*", before)
+    assert loads and set(loads) == {"ld.global.b8"}
+    assert "cp.async.c" in behind

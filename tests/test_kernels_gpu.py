@@ -1,4 +1,4 @@
-"""The operator on a GPU, as executables call it, against its reference on the CPU: `pytest -m gpu`."""
+"""The operators on a GPU, as executables call them, against their references on the CPU: `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipstone.ir.errors import Unsupported
+from skipstone.ir.errors import InvalidInput, Unsupported
+from skipstone.ir.predicated import predicated_linear
 from skipstone.ir.quantized import quantized_cached_attention_, quantized_cached_attention_reference
-from tests import kernel_cases
+from tests import kernel_cases, predicated_cases
 from tests.kernel_cases import FORMATS, GROUPS_AND_WIDTHS, LENGTHS, buffers
 
-# Importing it registers the kernels.
+# Importing them registers the kernels.
 pytest.importorskip("skipstone.kernels.quantized_cached_attention", reason="needs triton")
+pytest.importorskip("skipstone.kernels.predicated_linear", reason="needs triton")
 pytestmark = pytest.mark.gpu
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -167,3 +169,94 @@ def test_what_has_no_kernel_is_refused() -> None:
         quantized_cached_attention_(
             q, q, q, *caches, start, k_format="kivi4", v_format="kivi4", scale=1.0, kind="causal"
         )
+
+
+# predicated_linear
+
+BIG = (14336, 4096)
+"""A weight that takes longer to read than anything else of a launch."""
+
+
+def obey(x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:
+    """The operator, where an error is raised if the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return predicated_linear(x, weight, skip, bias)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("who", predicated_cases.DECISIONS)
+@pytest.mark.parametrize("shape", [*predicated_cases.SHAPES, (1, 1, *BIG), (4, 300, 1024, 1536)], ids=str)
+def test_rows_that_skip_are_zeros_and_others_are_exact(
+    shape: tuple[int, int, int, int], who: str, dtype: torch.dtype
+) -> None:
+    predicated_cases.check(obey, shape, who, device="cuda", dtype=dtype)
+
+
+@HALVES
+@pytest.mark.parametrize("options", [{"transposed": True}, {"strided": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 40, 72), (1, 40, 70, 96), (1, 300, 256, 512)], ids=str)
+def test_weights_with_any_strides(
+    shape: tuple[int, int, int, int], options: dict[str, bool], dtype: torch.dtype
+) -> None:
+    predicated_cases.check(obey, shape, device="cuda", dtype=dtype, **options)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """The last rows of a weight of more than 2^31 elements."""
+    x, skip = torch.randn(1, 1, 16384, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.bool)
+    weight = torch.zeros(2**17 + 64, 16384, dtype=torch.float16, device="cuda")
+    last = torch.randn(64, 16384, dtype=torch.float16)
+    weight[-64:] = last.cuda()
+    given = predicated_linear(x.cuda(), weight, skip.cuda()).cpu()
+    expected = x.double() @ last.double().T
+    assert not given[..., :-64].any()
+    assert (given[..., -64:] - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+def test_a_captured_graph_obeys_other_decisions_and_skips_the_weight() -> None:
+    """One graph, replayed while the decision changes on the device: it is right each time, and fast if all skip."""
+    x, weight = torch.randn(1, 1, BIG[1], device="cuda"), torch.randn(BIG, device="cuda")
+    skip = torch.zeros(1, 1, dtype=torch.bool, device="cuda")
+    predicated_linear(x, weight, skip)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = predicated_linear(x, weight, skip)
+    expected = (x.double() @ weight.double().T).cpu()
+    fastest = {}
+    for who in (False, True, False, True):
+        skip.fill_(who)
+        times = []
+        for _ in range(20):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        fastest[who] = min(times)
+        if who:
+            assert not out.any()
+        else:
+            assert (out.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert fastest[True] < fastest[False] / 3
+
+
+def test_runs_are_the_same_bit_for_bit() -> None:
+    x, weight = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1, 4, BIG[1]), BIG))
+    skip = torch.zeros(1, 4, dtype=torch.bool, device="cuda")
+    first = predicated_linear(x, weight, skip)
+    assert all(torch.equal(predicated_linear(x, weight, skip), first) for _ in range(5))
+    skip[0, 2] = True
+    assert torch.equal(predicated_linear(x, weight, skip)[~skip], first[~skip])
+
+
+def test_linear_layers_without_a_kernel_are_refused() -> None:
+    x, weight = torch.randn(1, 1, 8, device="cuda"), torch.randn(4, 8, device="cuda")
+    skip = torch.zeros(1, 1, dtype=torch.bool, device="cuda")
+    with pytest.raises(Unsupported, match="float64"):
+        predicated_linear(x.double(), weight.double(), skip)
+    with pytest.raises(InvalidInput, match=r"rows \(1, 1, 7\)"):
+        predicated_linear(x[..., 1:], weight, skip)
