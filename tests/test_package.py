@@ -41,6 +41,7 @@ ROOMS: Mapping[str, Room] = {
         ours=(
             "skipstone.kernels",
             "skipstone.ir.dialect",
+            "skipstone.ir.predicated",
             "skipstone.ir.quantized",
             "skipstone.ir.formats",
             "skipstone.ir.errors",
