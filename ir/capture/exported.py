@@ -48,9 +48,11 @@ _CANONICAL: dict[Any, Any] = {
 keep them."""
 
 
-def refuse_unusable(model: Any) -> None:
+def refuse_unusable(model: Any, adapters: bool = False) -> None:
     """Refuse, before any work, what can never be captured.
 
+    Args:
+        adapters: let PEFT adapters pass, as layers like any other.
     Raises:
         UserError: not a module, a module in training mode, or one without real weights.
         Unsupported: a model spread over devices, or with quantized weights.
@@ -66,7 +68,7 @@ def refuse_unusable(model: Any) -> None:
             f"the model is in training mode ({training[0]}), so that dropout and batch norm are not deterministic.",
             hint="Call model.eval() first.",
         )
-    if hasattr(model, "peft_config"):
+    if not adapters and hasattr(model, "peft_config"):
         raise Unsupported("PEFT adapters", hint="Merge them: optimize model.merge_and_unload().")
     for path, module in model.named_modules():
         if hasattr(module, "_hf_hook"):

@@ -160,7 +160,9 @@ def _tensors(out: ModelOutput) -> dict[str, Tensor]:
     return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 
 
-def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None = None) -> Program:
+def capture_huggingface(
+    model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None = None, *, adapters: bool = False
+) -> Program:
     """Capture a Hugging Face model as a program, and check the program against the model.
 
     A causal LM becomes ``input_ids, position_ids -> logits`` with dynamic batch and sequence. Any other model keeps its
@@ -169,11 +171,12 @@ def capture_huggingface(model: PreTrainedModel, example_inputs: Mapping[str, Ten
     Args:
         model: in evaluation mode. It is put back exactly as it was, also on failure.
         example_inputs: needed where the main input is not tokens.
+        adapters: capture PEFT adapters as layers of their own; they are refused otherwise, for merging is better.
     Raises:
         UserError: the model or the example cannot be used as they are.
         Unsupported: something that would not be exact, with its place.
     """
-    refuse_unusable(model)
+    refuse_unusable(model, adapters)
     _refuse_stateful_rope(model)
     config = model.config.get_text_config()
     source = source_of(
