@@ -35,11 +35,13 @@ from skipstone.plan import Plan
 from skipstone.prompts import skip_by_prompt
 from skipstone.runtime.executable import TokenModel
 from skipstone.search import search
+from skipstone.training import train_routers
 from skipstone.units import SUBLAYERS
 
 SETS = 3
 SHARE = 8  # of the sublayers, one in so many is left out
 CALIBRATION_WINDOWS, TEST_WINDOWS, QUICK_WINDOWS = 96, 128, 32
+STEPS = 300  # of training routers
 PROMPT, NEW_TOKENS, SEQUENCES = 128, 32, 8
 
 
@@ -76,10 +78,16 @@ class Trial:
         alike = dict.fromkeys(SUBLAYERS.units(stream), 1.0)
         one = search(self.program, self.chosen_on, count=count, milliseconds=alike).entry()
         found = skip_by_prompt(self.program, self.chosen_on, sets=SETS, count=count, milliseconds=alike)
+        share = count / len(stream.sublayers)
+        routers = train_routers(
+            self.program, (each.tokens for each in self.chosen_on), share=share, sets=SETS, steps=50 if quick else STEPS
+        )
+        print(f"{prefix}routers: share of sublayers on their own prompts {routers.share:.3f}, wanted {share:.3f}")
         self.plans = {
             "static": Plan([one, SkipByPrompt((SkipSublayers(),))]),
             "one_set": Plan([SkipByPrompt((one,))]),
             "by_similarity": found,
+            "by_routers": routers.plan,
         }
 
     def rows(self) -> Iterator[Row]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from skipstone.find import find_skip_by_prompt as find_skip_by_prompt
     from skipstone.masking import mask_tokens as mask_tokens
     from skipstone.optimize import optimize as optimize
+    from skipstone.passes.layer_parallel import LayerParallel as LayerParallel
+    from skipstone.passes.layer_parallel import Segment as Segment
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
     from skipstone.passes.quantize_kv import QuantizeKV as QuantizeKV
     from skipstone.passes.skip_by_prompt import SkipByPrompt as SkipByPrompt
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from skipstone.plan import Plan as Plan
     from skipstone.report import Report as Report
     from skipstone.runtime.executable import Executable as Executable
+    from skipstone.training import Routers as Routers
+    from skipstone.training import train_routers as train_routers
 
 __version__ = "0.1.0"
 
@@ -35,9 +39,12 @@ _HOME = {
     "Certificate": "skipstone.budget",
     "Executable": "skipstone.runtime.executable",
     "FormatChoice": "skipstone.passes.quantize_kv",
+    "LayerParallel": "skipstone.passes.layer_parallel",
     "Plan": "skipstone.plan",
     "QuantizeKV": "skipstone.passes.quantize_kv",
     "Report": "skipstone.report",
+    "Routers": "skipstone.training",
+    "Segment": "skipstone.passes.layer_parallel",
     "SkipByPrompt": "skipstone.passes.skip_by_prompt",
     "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
@@ -46,6 +53,7 @@ _HOME = {
     "mask_tokens": "skipstone.masking",
     "optimize": "skipstone.optimize",
     "tokenize": "skipstone.calibrate",
+    "train_routers": "skipstone.training",
 }
 
 __all__ = [*sorted(_HOME), "__version__", "errors"]
