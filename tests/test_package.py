@@ -57,6 +57,7 @@ ROOMS: Mapping[str, Room] = {
 
 EXCEPTIONS: Mapping[str, str] = {
     "ir/capture/huggingface.py": "transformers",
+    "skipstone/adapters.py": "peft",
     "runtime/generate.py": "transformers",
 }
 """The one further package that a file may import."""
