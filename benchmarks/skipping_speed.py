@@ -1,8 +1,9 @@
 """What skipping saves on the 110-million-parameter model of `benchmarks.decode`, in ONNX Runtime.
 
 Static: measured steps against what the cost model predicts, which is the measured step of the whole model less the
-roofline time of what is left out, at the bandwidth measured in the same run. Adaptive: gates that never fire, and gates
-that let every token skip half of the FFNs. Batch 1, best of one and two threads. Second part of `benchmarks.skipping`.
+share of what is left out in its roofline time, at the bandwidth measured in the same run. Adaptive: gates that never
+fire, and gates that let every token skip half of the FFNs. Batch 1, best of one and two threads. Second part of
+`benchmarks.skipping`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch
 from benchmarks.decode import FLOOR_BUFFER, PROMPT, THREADS, make_model, steps
 from benchmarks.harness import Row, Samples, read_floor, take_turns
 from skipstone.ir.capture.huggingface import capture_huggingface
+from skipstone.ir.cost import cost, roofline_seconds
 from skipstone.ir.device import measure_cpu
 from skipstone.ir.stream import find_stream, note_layers
 from skipstone.optimize import optimize
+from skipstone.passes.base import run_pass
+from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
@@ -68,12 +72,15 @@ def predicted(model: torch.nn.Module, times: Mapping[str, Samples]) -> list[Row]
     note_layers(program)
     stream, full = find_stream(program), times["full"]
     profile = replace(measure_cpu(full.best_threads), bandwidth=bandwidth(full.best_threads))
+    whole = 1e3 * roofline_seconds(cost(run_pass(InsertKVCache(), program)), profile, batch=1, sequence=1, past=PROMPT)
+    print(f"roofline of the full step: {whole:.2f} ms at {profile.bandwidth / 1e9:.1f} GB/s")
     rows = []
     for kind, layers in STATIC.items():
         unit = "layer" if kind == "layers" else kind
         units = Space(kinds=(unit,), protected=()).units(stream)  # type: ignore[arg-type]
         saved = unit_milliseconds(program, units, profile, context=PROMPT)
-        prediction = full.median * 1e3 - sum(saved[Unit(unit, layer)] for layer in layers)  # type: ignore[arg-type]
+        left_out = sum(saved[Unit(unit, layer)] for layer in layers)  # type: ignore[arg-type]
+        prediction = full.median * 1e3 * (1 - left_out / whole)
         measured = times[f"without_{kind}"]
         rows.append(
             Row(
