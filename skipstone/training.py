@@ -174,7 +174,7 @@ def train_routers(
         program = capture(merged)  # merging rounds: what its prompts look like is read anew
         units = _Units.of(program, space)
     weight, bias = routers.folded()
-    logits = torch.cat([_logits(states, weight, bias) for states in _states(program, units, batches)])
+    logits = torch.cat([_logits(states, weight, bias).cpu() for states in _states(program, units, batches)])
     shift, chosen = _fitted(units, logits, share, sets)
     choices = _choices(logits + shift, chosen)
     return Routers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -26,13 +27,14 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.experts import experts_reference
 from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream
+from skipstone.objective import divergence, log_probabilities
 from skipstone.optimize import lower, rewrite
 from skipstone.passes.base import run_pass
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.skip_by_prompt import BIAS, WEIGHT
 from skipstone.routed import RoutedProgram
 from skipstone.runtime.executable import Executable
-from skipstone.training import Routers, _shift, train_routers
+from skipstone.training import Routers, _choose_sets, _LinearRouters, _shift, _Units, train_routers
 from skipstone.units import Space
 from tests import models
 
@@ -350,13 +352,27 @@ def test_adapters_make_up_for_what_is_skipped() -> None:
     ends = [fmean(step.divergence for step in each.steps[-10:]) for each in (found, alone)]
     assert ends[0] < 0.9 * ends[1]
     program = capture_huggingface(merged)
+    assert float(prompts_divergence(models.program("llama"), program)) < 0.35  # twice as much if prompts do not count
     assert found.fingerprint == program.source.fingerprint != models.program("llama").source.fingerprint
     assert choices(program, found.plan, data) == found.choices.tolist()
 
 
+def prompts_divergence(program: Program, other: Program) -> Tensor:
+    """How far another program's predictions inside of prompts are from a program's, nats a token."""
+    (batch,) = token_batches([models.tokens(16, HALF, seed=2)], program.source)
+    full, changed = (
+        log_probabilities(each.module(*program_inputs(each, batch))[0], batch.valid) for each in (program, other)
+    )
+    return divergence(full, changed).mean()
+
+
 @pytest.mark.slow
 def test_adapters_are_the_same_for_the_same_seed() -> None:
-    one, same = (train_routers(models.model("llama"), random_data(), steps=2, space=ANY, lora=lora()) for _ in range(2))
+    found = []
+    for number in range(2):
+        torch.manual_seed(number)
+        found.append(train_routers(models.model("llama"), random_data(), steps=2, space=ANY, lora=lora()))
+    one, same = found
     assert one.model is not None and same.model is not None
     others = same.model.state_dict()
     assert all(torch.equal(each, others[name]) for name, each in one.model.state_dict().items())
@@ -436,6 +452,33 @@ def test_routers_that_skip_nothing_are_refused() -> None:
     """Of 16 prompts one would go without one sublayer, and there is a single set."""
     with pytest.raises(Unsupported, match="decode in full"):
         train_routers(models.program("llama"), random_data(), share=0.001, sets=1, steps=1, space=ANY)
+
+
+def test_trained_weights_are_folded_into_what_reads_states_as_they_are() -> None:
+    torch.manual_seed(0)
+    states = torch.randn(8, 3, 5) * 0.1 + torch.tensor([1.0, -2.0, 3.0]).unsqueeze(1)
+    states[:, 2] = states[0, 2]  # the same for all prompts: nothing to read
+    routers = _LinearRouters(iter(states.split(4)), probability=0.2)
+    with torch.no_grad():
+        routers.weight.normal_()
+        routers.bias += torch.tensor([0.0, 1.0, 2.0])
+    weight, bias = routers.folded()
+    expected = torch.stack([routers.logit(unit, states[:, unit]) for unit in range(3)], dim=1).detach()
+    torch.testing.assert_close((states * weight).sum(-1) + bias, expected, atol=1e-4, rtol=1e-4)
+    assert not weight[2].any() and float(bias[2]) == pytest.approx(2 - math.log(4))
+    assert float(expected[:, :2].std(dim=0).min()) > 0.1
+
+
+def test_sets_are_those_that_most_prompts_decide_for() -> None:
+    """Five prompts decide for one sublayer, two for another, one, and that very surely, for a third."""
+    units = _Units.of(models.program("llama"), ANY)
+    logits = torch.full((8, 6), -5.0)
+    for row, unit in enumerate([1, 1, 1, 1, 1, 4, 4, 2]):
+        logits[row, unit] = 50.0 if unit == 2 else 5.0
+    assert _choose_sets(units, logits, 2).nonzero()[:, 1].tolist() == [1, 4]
+    nearly = torch.tensor([[1e-30] + [-5.0] * 5, [-5.0] * 6])
+    assert _choose_sets(units, nearly, 2).unique(dim=0).shape == (2, 6)
+    assert not len(_choose_sets(units, torch.full((2, 6), 5.0), 2))  # no attention would be left
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min_size=1, max_size=5), st.floats(0.05, 0.6))
