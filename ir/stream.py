@@ -21,6 +21,7 @@ from torch import fx
 from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, GATE, PREDICATED_LINEAR
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
+from skipstone.ir.surrogate import COPIES, SCALINGS, SUMS
 
 aten = torch.ops.aten
 
@@ -36,6 +37,10 @@ _PRODUCTS = (
 )  # fmt: skip
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.rsqrt.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
+
+PARALLEL = "parallel"
+"""Metadata of the additions inside a segment of layers that run at the same time: the kinds of sublayers whose results
+they add. No sublayer of the residual stream is found there."""
 
 
 class SublayerKind(StrEnum):
@@ -97,7 +102,7 @@ class ResidualStream:
 
     Attributes:
         sublayers: the sublayers.
-        entry: the first value of the stream.
+        entry: the first value of the stream; what the first sublayer reads, or is a sum of multiples of that value.
         exit: the last one.
     """
 
@@ -123,6 +128,8 @@ def find_stream(program: Program) -> ResidualStream:
     """
     finder = _Finder(program)
     found = [site for node in finder.spine for site in finder.sites(node)]
+    if not found and any(PARALLEL in node.meta for node in program.nodes()):
+        raise Unsupported("the residual stream of a program whose layers all run at the same time")
     if not found:
         raise Unsupported(
             "a model without a residual stream: no addition carries a value past a branch to the output",
@@ -132,7 +139,8 @@ def find_stream(program: Program) -> ResidualStream:
     if len(sublayers) > 1:
         # A norm behind the last sublayer is the head's, or the stream's if those before it are.
         sublayers[-1] = replace(sublayers[-1], post_norm=sublayers[-2].post_norm)
-    return ResidualStream(tuple(sublayers), sublayers[0].stream, sublayers[-1].add)
+    entry = sublayers[0].stream
+    return ResidualStream(tuple(sublayers), finder.returns.get(entry, entry), sublayers[-1].add)
 
 
 class _Finder:
@@ -144,20 +152,44 @@ class _Finder:
         root = self._root()
         self.graph: nx.DiGraph = nx.DiGraph()
         self.graph.add_node(root)
+        self.parts: dict[fx.Node, frozenset[fx.Node]] = {root: frozenset([root])}
+        """The values that a value is a sum of multiples of, itself among them."""
+        self.returns: dict[fx.Node, fx.Node] = {}
+        """Sums that take up an earlier value of the stream once more (nanochat: the first, and one from the middle)."""
         for node in program.nodes():
             if isinstance(node.meta.get("val"), torch.SymInt | int | float):
                 continue
-            # Which rows skip is decided from earlier values of the stream, which do not pass through what obeys.
-            passed = [node.args[0]] if node.target in (GATE, PREDICATED_LINEAR) else node.all_input_nodes
-            for operand in passed:
+            for operand in self._passed(node):
                 if operand in self.graph:
                     self.graph.add_edge(operand, node)
+            if node in self.graph:
+                self.parts[node] = frozenset([node]).union(*(self.parts[each] for each in self._summed(node)))
         self.dominator = nx.immediate_dominators(self.graph, root)
         self.root = root
         # Heads may be tapped from the middle: the stream is the one that leads furthest.
         results = [node for node in program.output_node().all_input_nodes if node in self.graph]
         spines = [self._chain(result)[::-1] for result in results]
         self.spine = max(spines, key=lambda spine: sum(bool(self.sites(node)) for node in spine), default=[])
+
+    def _passed(self, node: fx.Node) -> list[fx.Node]:
+        """The operands through which the stream may pass."""
+        # Which rows skip is decided from earlier values of the stream, which do not pass through what obeys.
+        if node.target in (GATE, PREDICATED_LINEAR):
+            return [node.args[0]]  # type: ignore[list-item]
+        active = [each for each in node.args[:2] if isinstance(each, fx.Node) and each in self.graph]
+        if node.target in SUMS and len(active) == 2:
+            for operand, other in (active, active[::-1]):
+                earlier = self._through(other)[0]
+                if earlier in self.parts[operand]:
+                    self.returns[node] = earlier
+                    return [operand]
+        return node.all_input_nodes
+
+    def _summed(self, node: fx.Node) -> list[fx.Node]:
+        """The operands that the node's value is a sum of multiples of."""
+        active = [operand for operand in node.all_input_nodes if operand in self.graph]
+        linear = node.target in (*SUMS, *COPIES) or (node.target in SCALINGS and len(active) == 1)
+        return active if linear else []
 
     def _root(self) -> fx.Node:
         for role in (Role.TOKENS, Role.EMBEDDINGS):
@@ -189,7 +221,7 @@ class _Finder:
 
     def sites(self, add: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node, Skip, bool]]:
         """The sublayers that this node of the spine writes: (add, stream, branch, skip, parallel)."""
-        if add.target not in _ADDS or len(add.all_input_nodes) != 2:
+        if add.target not in _ADDS or len(add.all_input_nodes) != 2 or add in self.returns or PARALLEL in add.meta:
             return []
         leaves = self._leaves(add, add)
         for split in ([*add.args[:2]], leaves) if len(leaves) > 2 else ([*add.args[:2]],):
@@ -291,11 +323,10 @@ class _Finder:
         """Post-norm: between this addition and the next of the spine the stream itself goes through a norm."""
         position = self.spine.index(add)
         for node in self.spine[position + 1 :]:
-            if node.target in _ADDS and self._through(node.args[0])[0] is not add and self.sites(node):  # type: ignore
-                streams = {site[1] for site in self.sites(node)}
-                return add not in streams
-            if node.target in _ADDS and self.sites(node):
+            if PARALLEL in node.meta:  # layers without a linear skip path do not run at the same time
                 return False
+            if found := self.sites(node):
+                return add not in self.parts[found[0][1]]
         return False
 
 

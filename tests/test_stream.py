@@ -99,6 +99,36 @@ def test_random_residual_programs(shape: list[tuple[str, SublayerKind]]) -> None
     assert [s.post_norm for s in stream.sublayers[:last]] == [form == "post" for form, _ in shape[:last]]
 
 
+class TakenUp(nn.Module):
+    """As in nanochat: every layer adds the first state once more, and the end takes back one from the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(5))
+        self.entry, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.a, self.b = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = first = middle = self.entry(x)
+        for index in range(4):
+            x = self.a[index] * x + self.b[index] * first
+            x = x + self.inner[index](self.norms[index](x))
+            middle = x if index < 2 else middle
+        return self.head(self.norms[4](x - 0.2 * middle))
+
+
+def test_earlier_states_may_be_taken_up_again() -> None:
+    program = capture_module(TakenUp().eval(), {"x": torch.randn(2, 5, 8)})
+    stream = find_stream(program)
+    assert [s.path for s in stream.sublayers] == [f"inner.{n}" for n in range(4)]
+    assert [s.parameters for s in stream.sublayers] == [
+        (f"inner.{n}.bias", f"inner.{n}.weight", f"norms.{n}.bias", f"norms.{n}.weight") for n in range(4)
+    ]
+    assert not any(s.post_norm or s.parallel for s in stream.sublayers)
+    assert stream.entry is next(program.nodes(torch.ops.aten.linear.default))
+
+
 def test_a_plain_chain_has_no_stream() -> None:
     chain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
     with pytest.raises(Unsupported, match="residual stream"):
