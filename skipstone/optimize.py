@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,12 +24,13 @@ from skipstone.ir.cost import cost, evaluate, example_sizes, kv_bytes_per_token
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.printer import readable
 from skipstone.ir.program import Program, Record
-from skipstone.ir.stream import SublayerKind, find_stream, note_layers
+from skipstone.ir.stream import PARALLEL, SublayerKind, find_stream, note_layers
 from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.kv_cache import InsertKVCache
+from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
@@ -92,7 +94,7 @@ def optimize(
         raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
     target = _resolve(target, model)
     for entry in plan:
-        if isinstance(entry, (SkipByPrompt, SkipFFNAdaptive)):
+        if isinstance(entry, (LayerParallel, SkipByPrompt, SkipFFNAdaptive)):
             entry.validate()
     _check_quantization(plan, target, calibration is not None)
     _check_budget(budget, plan, calibration)
@@ -195,11 +197,17 @@ def rewrite(
     note_layers(program)
     before: list[Pass] = [CastToFloat32()] if target == "onnxruntime" and _is_half(program) else []
     quantize = _quantization(plan)
-    first = [entry for entry in plan if not isinstance(entry, BEHIND_CACHE)]
+    first = [entry for entry in plan if not isinstance(entry, (LayerParallel, *BEHIND_CACHE))]
     program = Pipeline([*before, Cleanup(), *first], strict).run(program)
     program.calibration = dict(plan.tensors)
     if quantize is not None:
         program = prepare_quantization(program, quantize, batches, strict, progress)
+    for entry in plan:
+        if isinstance(entry, LayerParallel):
+            program = run_pass(entry, program, strict)
+    if quantize is not None and batches:
+        program.calibration |= measure(program, batches, QuantizeKV.name, progress)
+        program.calibration |= estimate_errors(program, quantize, batches)
     refusal = None
     if cache:
         try:
@@ -218,7 +226,9 @@ def rewrite(
 def prepare_quantization(
     program: Program, quantize: QuantizeKV, batches: Sequence[Batch], strict: bool = True, progress: bool = False
 ) -> Program:
-    """What has to happen before there are cache slots: condition keys and values, split heads, measure ranges.
+    """Rewrite keys and values so that they quantize better, and split heads that differ in their formats.
+
+    Each weight must stand in one place: layers that run at the same time, several times, come later.
 
     Args:
         program: without a cache.
@@ -232,9 +242,6 @@ def prepare_quantization(
         program = run_pass(conditioning, program, strict)
     if split := quantize.split(program):  # behind conditioning: heads that were split apart share their projections
         program = run_pass(split, program, strict)
-    if batches:
-        program.calibration |= measure(program, batches, QuantizeKV.name, progress)
-        program.calibration |= estimate_errors(program, quantize, batches)
     return program
 
 
@@ -278,17 +285,19 @@ def _check_budget(budget: Budget | None, plan: Plan, calibration: CalibrationDat
 def footprint(program: Program) -> Footprint:
     """Sublayers, FLOPs and bytes of a program, for one token."""
     try:
-        sublayers = find_stream(program).sublayers
+        kinds = Counter(str(sublayer.kind) for sublayer in find_stream(program).sublayers)
     except Unsupported:
-        sublayers = ()
+        kinds = Counter()
+    for node in program.nodes():
+        kinds.update(node.meta.get(PARALLEL, ()))
     try:
         flops = evaluate(cost(program), batch=1, sequence=1, others=example_sizes(program))["flops"]
     except UserError:  # sizes inside the graph follow from the data
         flops = None
     return Footprint(
-        sublayers=len(sublayers),
-        attention=sum(s.kind is SublayerKind.ATTENTION for s in sublayers),
-        ffn=sum(s.kind is SublayerKind.FFN for s in sublayers),
+        sublayers=kinds.total(),
+        attention=kinds[SublayerKind.ATTENTION],
+        ffn=kinds[SublayerKind.FFN],
         flops=flops,
         weight_bytes=program.weight_bytes(),
         kv_bytes_per_token=kv_bytes_per_token(program),

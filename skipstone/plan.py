@@ -27,6 +27,7 @@ from torch import Tensor
 from skipstone.budget import Certificate
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.base import Pass
+from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
@@ -37,7 +38,7 @@ VERSION = 1
 TENSORS = ".safetensors"
 
 # Every pass that may stand in a plan, in the order in which they run.
-ENTRIES: tuple[type[Pass], ...] = (SkipSublayers, SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
+ENTRIES: tuple[type[Pass], ...] = (SkipSublayers, LayerParallel, SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream
 from skipstone.optimize import optimize
 from skipstone.passes.base import run_pass
+from skipstone.passes.layer_parallel import LayerParallel, Segment
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.search import ModelTask, search
 from skipstone.units import Space, Unit
@@ -37,6 +38,20 @@ GOLDEN = {  # sublayers left out -> by layer: rise of the mean NLL, mean KL, top
             (0.793, 0.764, 0.637)),
     "layers": ((4.137, 3.640, 0.172), (0.954, 0.763, 0.617), (0.625, 0.451, 0.676), (1.028, 0.866, 0.551),
                (1.072, 0.968, 0.539)),
+}  # fmt: skip
+
+
+PARALLEL = {  # first and last layer, and for each form, e.g. "layer auto 2": rise of the mean NLL, top-1 agreement
+    (2, 3): {"layer auto 1": (0.309, 0.789), "layer auto 2": (0, 1), "layer zero 1": (0.625, 0.676),
+             "two_stage auto 1": (0.296, 0.781), "sublayer auto 1": (0.690, 0.688)},
+    (3, 4): {"layer auto 1": (0.403, 0.719), "layer auto 2": (0, 1), "layer zero 1": (1.028, 0.551),
+             "two_stage auto 1": (0.350, 0.758), "sublayer auto 1": (0.733, 0.629)},
+    (1, 3): {"layer auto 1": (1.455, 0.496), "layer auto 2": (0.154, 0.867), "layer auto 3": (0, 1),
+             "layer zero 1": (3.022, 0.254), "two_stage auto 1": (1.753, 0.441), "sublayer auto 1": (2.160, 0.375)},
+    (1, 4): {"layer auto 1": (2.910, 0.227), "layer auto 2": (0.769, 0.656), "layer auto 3": (0.100, 0.906),
+             "layer auto 4": (0, 1), "layer zero 1": (5.851, 0.043)},
+    (0, 4): {"layer auto 1": (6.134, 0.027), "layer auto 2": (3.431, 0.207), "layer auto 3": (0.993, 0.582),
+             "layer auto 4": (0.125, 0.883), "layer auto 5": (0, 1), "layer zero 1": (8.815, 0.008)},
 }  # fmt: skip
 
 
@@ -117,6 +132,22 @@ def test_leaving_out_costs_what_the_golden_table_says(program: Program, golden: 
 @pytest.fixture(scope="module")
 def exact(model: LlamaForCausalLM) -> Program:
     return capture_huggingface(copy.deepcopy(model).double())
+
+
+@pytest.mark.parametrize("layers", PARALLEL)
+def test_layers_at_once_cost_what_the_golden_table_says(
+    exact: Program, golden: Tensor, layers: tuple[int, int]
+) -> None:
+    """In float64, to the digits given."""
+    full, found = log_probabilities(exact, golden), {}
+    for name in PARALLEL[layers]:
+        unit, surrogate, iterations = name.split()
+        segment = Segment(layers[0], layers[1] + 1, int(iterations), unit, surrogate)  # type: ignore[arg-type]
+        less = log_probabilities(run_pass(LayerParallel((segment,)), exact, strict=False), golden)
+        rise = F.nll_loss(less, golden[0, 1:]) - F.nll_loss(full, golden[0, 1:])
+        agreement = (full.argmax(-1) == less.argmax(-1)).double().mean()
+        found[name] = round(float(rise), 3), round(float(agreement), 3)
+    assert found == PARALLEL[layers]
 
 
 @pytest.mark.parametrize(("column", "objective"), [(0, "nll"), (1, "kl")])

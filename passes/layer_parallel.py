@@ -1,0 +1,347 @@
+"""Run layers at the same time: all read a guess of the stream, which is corrected along the layers' linear skip paths.
+
+The states h_0, ..., h_N before and behind N layers solve ``h_l = f_l(h_{l-1})``. Each iteration evaluates all layers on
+the states of the iteration before (at first h_0 everywhere) and corrects them by a structured Newton step:
+
+    h_l' = f_l(h_{l-1}) + A_l (h_{l-1}' - h_{l-1}),    h_0' = h_0
+
+with A_l the linear skip path of the layer, `skipstone.ir.surrogate`. After k iterations h_1, ..., h_k are exact
+whatever A_l is, so N iterations are the model itself. SNLP (arXiv 2605.17842).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, NoReturn
+
+import torch
+from torch import fx
+
+from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
+from skipstone.ir.program import Program, provenance
+from skipstone.ir.regions import Region, cut
+from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer
+from skipstone.ir.surrogate import COPIES, SUMS, SkipPath
+from skipstone.passes.base import Pass, Remark
+
+aten = torch.ops.aten
+
+Unit = Literal["layer", "sublayer", "two_stage"]
+Surrogate = Literal["auto", "identity", "zero"]
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive layers that run at the same time.
+
+    Attributes:
+        start, stop: the first of the layers, and the one behind the last.
+        iterations: Newton steps; as many as there are units is exact.
+        unit: what runs at the same time. "layer": whole layers. "sublayer": all attentions and all FFNs. "two_stage":
+            all attentions, and behind the sum of their results all FFNs, in one iteration.
+        surrogate: what stands for the Jacobian of a unit. "auto": its linear skip path, as the graph has it.
+            "identity": one, also where the skip path scales. "zero": nothing, which is Jacobi's iteration.
+    """
+
+    start: int
+    stop: int
+    iterations: int = 1
+    unit: Unit = "layer"
+    surrogate: Surrogate = "auto"
+
+    def __str__(self) -> str:
+        return f"layer {self.start}" if self.stop == self.start + 1 else f"layers {self.start} to {self.stop - 1}"
+
+    def validate(self) -> None:
+        """Refuse a segment that no model has.
+
+        Raises:
+            InvalidPlan: it is empty, or has too few or too many iterations.
+        """
+        if not 0 <= self.start < self.stop:
+            problem = f"layer_parallel: a segment from {self.start} to {self.stop} holds no layer."
+            raise InvalidPlan(problem, hint="'stop' is the layer behind the last one.")
+        if self.iterations < 1:
+            problem = f"layer_parallel: {self} with {self.iterations} iterations."
+            raise InvalidPlan(problem, hint="The nearest is 1.")
+        if self.unit == "layer":
+            self.limit(self.stop - self.start, "layers")
+        if self.unit == "two_stage":
+            self.limit(1, "iteration of the unit 'two_stage'")
+            if self.surrogate == "zero":
+                problem = f"layer_parallel: {self} in two stages with the surrogate 'zero'."
+                raise InvalidPlan(problem, hint="Two stages sum all results: take 'auto'.")
+
+    def limit(self, most: int, of: str) -> None:
+        """Refuse more iterations than can change anything.
+
+        Raises:
+            InvalidPlan: there are more.
+        """
+        if self.iterations > most:
+            problem = f"layer_parallel: {self} with {self.iterations} iterations, for {most} {of}."
+            raise InvalidPlan(problem, hint=f"The nearest is {most}.")
+
+
+@dataclass(frozen=True)
+class _State:
+    """One state of the stream: as layers read it, and in the dtype that corrections are summed in, float32 or wider."""
+
+    value: fx.Node
+    wide: fx.Node
+
+
+@dataclass(frozen=True)
+class LayerParallel(Pass):
+    """Run the layers of each segment at the same time. It changes results, unless every layer has its own iteration.
+
+    The graph holds a copy of a layer's operators for each iteration that matters. Iteration k cannot change what lies
+    before layer k, and in the iterations left only so many layers at the end can still be reached: K iterations of N
+    layers are ``K (N - K + 1)`` evaluations, and N iterations the model's own graph. States that are read elsewhere
+    (returned, probed, taken back at the end of the model) are those of the last iteration.
+
+    A segment of the first layers begins at the first value of the residual stream (`ResidualStream.entry`).
+
+    Attributes:
+        segments: in the order of the model's layers, without overlap.
+        kv: which keys and values stay in the cache. "iterate": each iteration has its own slots, so that decoding
+            token by token equals reading all at once.
+    """
+
+    name: ClassVar[str] = "layer_parallel"
+
+    segments: tuple[Segment, ...] = ()
+    kv: str = "iterate"
+
+    def validate(self) -> None:
+        """Refuse settings that fit no model.
+
+        Raises:
+            InvalidPlan: no segment, one that no model has, or segments that overlap or stand out of order.
+            Unsupported: another policy for keys and values.
+        """
+        if not self.segments:
+            raise InvalidPlan("layer_parallel without a segment.", hint="Write LayerParallel((Segment(2, 4),)).")
+        for segment in self.segments:
+            segment.validate()
+        for first, second in pairwise(self.segments):
+            if second.start < first.stop:
+                problem = f"layer_parallel: {second} stand behind {first} in the plan."
+                raise InvalidPlan(problem, hint="Segments follow each other without overlap.")
+        if self.kv != "iterate":
+            why = f"layer_parallel with kv={self.kv!r}: with one slot a layer, decoding would differ from prefill"
+            raise Unsupported(why, hint="Take kv='iterate'.")
+
+    def check(self, program: Program) -> None:
+        """See `Pass.check`."""
+        self.validate()
+        if program.slots():
+            raise InternalError("layer_parallel runs before there are cache slots")
+        for segment in self.segments:
+            _stages(program, segment)
+
+    def rewrite(self, program: Program) -> list[Remark]:
+        """See `Pass.rewrite`."""
+        # All is read off the graph before it changes. From the back: a segment begins at a state of the one before.
+        found = [(segment, _stages(program, segment)) for segment in self.segments]
+        ends = [self._run(program, segment, stages) for segment, stages in reversed(found)][::-1]
+        program.recompile()
+        alive = set(program.graph.nodes)
+        return [
+            self._remark(segment, stages, sum(end in alive for end in evaluated))
+            for (segment, stages), evaluated in zip(found, ends, strict=True)
+        ]
+
+    def _remark(self, segment: Segment, stages: Sequence[Sequence[Region]], evaluations: int) -> Remark:
+        units = sum(map(len, stages))
+        path = "zero" if segment.surrogate == "zero" else "identity"
+        if segment.surrogate == "auto" and not all(region.skip.is_identity for stage in stages for region in stage):
+            path = "scale"
+        unit = {"layer": "layer", "sublayer": "sublayer", "two_stage": "sublayer in two stages"}[segment.unit]
+        why = f"{units} x {unit}, iterations {segment.iterations}, surrogate {path}, {evaluations} evaluations"
+        depth = segment.iterations * len(stages)
+        return self.applied(str(segment), why, units=units, depth=depth, evaluations=evaluations)
+
+    def _run(self, program: Program, segment: Segment, stages: Sequence[Sequence[Region]]) -> list[fx.Node]:
+        """Put the iterations of a segment in the place of its layers; the results of all evaluations, dead ones too."""
+        first, last = stages[0][0], stages[-1][-1]
+        inside = {node for stage in stages for region in stage for node in region.nodes}
+        late = _readers(first, last, inside)
+        evaluated: list[fx.Node] = []
+        with provenance(program, self.name, like=last.exit), program.graph.inserting_before(last.exit.next):
+            start = _State(first.entry, _wide(program, first.entry))
+            for stage in stages:
+                trace = _iterate(program, stage, start, segment, evaluated)
+                start = trace[-1]
+                if len(stages) == 1:
+                    for region, state in zip(stage, trace, strict=True):
+                        _replace(region.exit, state.value, inside)
+            _replace(last.exit, start.value, inside)
+        place = start.value
+        for node in late:
+            place.append(node)
+            place = node
+        return evaluated
+
+    def ensures(self, program: Program) -> None:
+        """See `Pass.ensures`."""
+        if not any(PARALLEL in node.meta for node in program.nodes()):
+            raise InternalError("no layer runs in parallel")
+
+
+# What runs at the same time
+
+
+def _stages(program: Program, segment: Segment) -> tuple[tuple[Region, ...], ...]:
+    """The units of a segment, for each stage that runs behind another.
+
+    Raises:
+        InvalidPlan: the model has no such layers, or not as many units as iterations.
+        Unsupported: the units are not functions of the residual stream with a linear skip path.
+    """
+    stream = find_stream(program)
+    layers = stream.layers if program.layers is None else program.layers
+    if segment.stop > layers:
+        problem = f"layer_parallel: {segment}, but the model has layers 0 to {layers - 1}."
+        raise InvalidPlan(problem, hint=f"The nearest 'stop' is {layers}.")
+    groups = []
+    for layer in range(segment.start, segment.stop):
+        own = [each for each in stream.sublayers if original_layer(each) == layer]
+        if not own:
+            problem = f"layer_parallel: layer {layer} of {segment} is skipped by the plan."
+            raise InvalidPlan(problem, hint="End the segment before it, and begin another behind it.")
+        groups.append(own)
+    before = groups[0][0].index - 1
+    entry = stream.entry if before < 0 else stream.sublayers[before].add
+    if segment.unit == "layer":
+        return (cut(program, groups, entry),)
+    regions = cut(program, [part for group in groups for part in _by_addition(group)], entry)
+    for region in regions:
+        if not region.skip.is_identity:
+            _refuse_unit(segment, region.sublayers[0], "a scaled residual stream")
+    segment.limit(len(regions), "sublayers")
+    if segment.unit == "sublayer":
+        return (regions,)
+    for group in groups:
+        if [each.kind for each in group] != [SublayerKind.ATTENTION, SublayerKind.FFN] or group[0].parallel:
+            _refuse_unit(segment, group[0], "a layer that is not attention, then FFN")
+    _refuse_readers(segment, regions)
+    return regions[::2], regions[1::2]
+
+
+def _by_addition(sublayers: Sequence[Sublayer]) -> list[list[Sublayer]]:
+    """Sublayers that one addition adds to the stream (GPT-J, NeoX, Phi) are one unit."""
+    parts: dict[fx.Node, list[Sublayer]] = {}
+    for each in sublayers:
+        parts.setdefault(each.add, []).append(each)
+    return list(parts.values())
+
+
+def _refuse_unit(segment: Segment, sublayer: Sublayer, what: str) -> NoReturn:
+    feature = f"layer_parallel with the unit {segment.unit!r} and {what}"
+    raise Unsupported(feature, where=sublayer.path, hint="Take the unit 'layer'.")
+
+
+def _refuse_readers(segment: Segment, regions: Sequence[Region]) -> None:
+    """Two stages have no state behind a single layer that another operator could read."""
+    for region, following in pairwise(regions):
+        if any(user not in following.nodes for user in region.exit.users):
+            _refuse_unit(segment, region.sublayers[0], "a state inside the segment that is read elsewhere")
+
+
+# The iterations
+
+
+def _iterate(
+    program: Program, regions: Sequence[Region], start: _State, segment: Segment, evaluated: list[fx.Node]
+) -> list[_State]:
+    """The states behind each region after all iterations; `evaluated` gets the results of the regions themselves."""
+    before = [start] * (len(regions) + 1)
+    for iteration in range(segment.iterations):
+        after = list(before)  # the first `iteration` states are final
+        for number in range(iteration, len(regions)):
+            region = regions[number]
+            result = _evaluate(program, region, before[number].value)
+            evaluated.append(result)
+            after[number + 1] = _State(result, _wide(program, result))
+            # Behind a final state there is nothing to correct. Left out, it is exactly nothing: results are bitwise
+            # those of the model.
+            if segment.surrogate != "zero" and after[number] is not before[number]:
+                change = program.call(aten.sub.Tensor, after[number].wide, before[number].wide)
+                if segment.surrogate == "auto":
+                    change = _along(program, region.skip, change)
+                wide = program.call(aten.add.Tensor, after[number + 1].wide, change)
+                wide.meta[PARALLEL] = ()
+                after[number + 1] = _State(_cast(program, wide, result.meta["val"].dtype), wide)
+        before = after
+    return before[1:]
+
+
+def _evaluate(program: Program, region: Region, entry: fx.Node) -> fx.Node:
+    """A copy of the region that reads another state; its result."""
+    copies = {region.entry: _cast(program, entry, region.entry.meta["val"].dtype)}
+    for node in region.nodes:
+        copies[node] = program.graph.node_copy(node, lambda operand: copies.get(operand, operand))
+    for sublayer in region.sublayers:
+        add = copies[sublayer.add]
+        add.meta[PARALLEL] = (*add.meta.get(PARALLEL, ()), str(sublayer.kind))
+    return copies[region.exit]
+
+
+def _along(program: Program, path: SkipPath, change: fx.Node) -> fx.Node:
+    """What a change of the stream becomes on the linear way through a region."""
+    carried: dict[Any, fx.Node] = {path.entry: change}
+    for node in path.nodes:
+        if node.target in COPIES:
+            carried[node] = carried[node.args[0]]
+        elif node.target in SUMS and not all(operand in carried for operand in node.args[:2]):
+            carried[node] = _added(program, node, carried)
+        else:
+            operands = [carried.get(operand, operand) for operand in node.args]
+            carried[node] = program.call(node.target, *operands, **node.kwargs)  # type: ignore[arg-type]
+    return carried[path.nodes[-1]]
+
+
+def _added(program: Program, node: fx.Node, carried: dict[Any, fx.Node]) -> fx.Node:
+    """A change on its way through a sum with what does not carry it."""
+    left, right = node.args[:2]
+    if left in carried:
+        return carried[left]
+    sign = 1 if node.target is aten.add.Tensor else -1
+    factor = sign * node.kwargs.get("alpha", 1)  # type: ignore[operator]
+    return carried[right] if factor == 1 else program.call(aten.mul.Tensor, carried[right], factor)
+
+
+def _wide(program: Program, node: fx.Node) -> fx.Node:
+    dtype = node.meta["val"].dtype
+    return _cast(program, node, torch.float32 if dtype in _HALF else dtype)
+
+
+def _cast(program: Program, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    return program.call(aten._to_copy.default, node, dtype=dtype)
+
+
+# Who reads the states
+
+
+def _replace(state: fx.Node, by: fx.Node, inside: set[fx.Node]) -> None:
+    """Let everything outside of the segment's own layers, which are dead from now on, read the new state."""
+    state.replace_all_uses_with(by, delete_user_cb=lambda user: user not in inside)
+
+
+def _readers(first: Region, last: Region, inside: set[fx.Node]) -> list[fx.Node]:
+    """What stands among the layers of a segment and depends on their states, without being part of them; in order."""
+    found: list[fx.Node] = []
+    known, node = set(inside), first.entry.next
+    while node is not last.exit:
+        if node not in inside and not known.isdisjoint(node.all_input_nodes):
+            found.append(node)
+            known.add(node)
+        node = node.next
+    return found
