@@ -11,7 +11,7 @@ from torch import fx
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, module_path
 from skipstone.ir.stream import Sublayer
-from skipstone.ir.surrogate import SkipPath, skip_path
+from skipstone.ir.surrogate import RESHAPES, SkipPath, skip_path
 
 aten = torch.ops.aten
 
@@ -50,13 +50,20 @@ def cut(program: Program, groups: Sequence[Sequence[Sublayer]], entry: fx.Node) 
     """
     regions = []
     for group in groups:
-        nodes = _between(entry, group[-1].add)
+        nodes = _between(entry, behind(group[-1].add))
         regions.append(Region(tuple(group), entry, nodes, skip_path(entry, nodes)))
         entry = nodes[-1]
     for region in regions:
         _prove_alike(region)
     _prove_apart(program, regions)
     return tuple(regions)
+
+
+def behind(add: fx.Node) -> fx.Node:
+    """The stream's value behind a sublayer: its addition, in the shape in which it is read (OPT flattens it)."""
+    while len(add.users) == 1 and (user := next(iter(add.users))).target in RESHAPES:
+        add = user
+    return add
 
 
 def _between(entry: fx.Node, exit: fx.Node) -> tuple[fx.Node, ...]:

@@ -21,7 +21,7 @@ from torch import fx
 from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, GATE, PREDICATED_LINEAR
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
-from skipstone.ir.surrogate import COPIES, SCALINGS, SUMS
+from skipstone.ir.surrogate import COPIES, RESHAPES, SCALINGS, SUMS
 
 aten = torch.ops.aten
 
@@ -140,7 +140,9 @@ def find_stream(program: Program) -> ResidualStream:
         # A norm behind the last sublayer is the head's, or the stream's if those before it are.
         sublayers[-1] = replace(sublayers[-1], post_norm=sublayers[-2].post_norm)
     entry = sublayers[0].stream
-    return ResidualStream(tuple(sublayers), finder.returns.get(entry, entry), sublayers[-1].add)
+    while entry in finder.returns:
+        entry = finder.returns[entry]
+    return ResidualStream(tuple(sublayers), entry, sublayers[-1].add)
 
 
 class _Finder:
@@ -153,7 +155,7 @@ class _Finder:
         self.graph: nx.DiGraph = nx.DiGraph()
         self.graph.add_node(root)
         self.parts: dict[fx.Node, frozenset[fx.Node]] = {root: frozenset([root])}
-        """The values that a value is a sum of multiples of, itself among them."""
+        """The values that a value is a sum of multiples of, whatever their shape; itself among them."""
         self.returns: dict[fx.Node, fx.Node] = {}
         """Sums that take up an earlier value of the stream once more (nanochat: the first, and one from the middle)."""
         for node in program.nodes():
@@ -188,7 +190,7 @@ class _Finder:
     def _summed(self, node: fx.Node) -> list[fx.Node]:
         """The operands that the node's value is a sum of multiples of."""
         active = [operand for operand in node.all_input_nodes if operand in self.graph]
-        linear = node.target in (*SUMS, *COPIES) or (node.target in SCALINGS and len(active) == 1)
+        linear = node.target in (*SUMS, *COPIES, *RESHAPES) or (node.target in SCALINGS and len(active) == 1)
         return active if linear else []
 
     def _root(self) -> fx.Node:

@@ -28,6 +28,11 @@ COPIES = (
     aten.dropout.default,
 )  # fmt: skip
 """Operators that pass a change on as it is; casts too: the trace of a segment has its own dtype."""
+RESHAPES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.unsqueeze.default, aten.squeeze.dim,
+)  # fmt: skip
+"""Operators that keep all elements in their order."""
 _DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
 
 
@@ -44,7 +49,8 @@ class SkipPath:
 
     Attributes:
         entry: the stream's value before.
-        nodes: the operators, of `SUMS`, `SCALINGS` and `COPIES` alone, in graph order; the value behind comes last.
+        nodes: the operators, of `SUMS`, `SCALINGS`, `COPIES` and `RESHAPES` alone, in graph order; the value behind
+            comes last.
         is_identity: whether a change passes as it is.
     """
 
@@ -54,7 +60,9 @@ class SkipPath:
 
 
 def _passes(node: fx.Node, carrying: set[fx.Node]) -> bool:
-    """Whether a sum adds something to the stream, and neither scales it nor adds it to itself."""
+    """Whether an operator leaves a change as it is: a copy, or a sum that neither scales it nor adds it to itself."""
+    if node.target in (*COPIES, *RESHAPES):
+        return True
     if node.target not in SUMS or len(node.args) < 2:
         return False
     left, right = (operand in carrying for operand in node.args[:2])
@@ -90,13 +98,13 @@ def skip_path(entry: fx.Node, nodes: Sequence[fx.Node]) -> SkipPath:
             needed |= {operand for operand in node.all_input_nodes if operand in shares}
     path = tuple(node for node in nodes if node in needed)
     carrying = {entry, *path}
-    return SkipPath(entry, path, all(node.target in COPIES or _passes(node, carrying) for node in path))
+    return SkipPath(entry, path, all(_passes(node, carrying) for node in path))
 
 
 def _share(node: fx.Node, shares: dict[fx.Node, _Share], inside: set[fx.Node]) -> _Share | None:
     """What of the stream is in the node's value, from what is in its operands; None if it is all branch."""
     carried = {operand: shares[operand] for operand in node.all_input_nodes if operand in shares}
-    if not carried or node.target not in (*SUMS, *SCALINGS, *COPIES):
+    if not carried or node.target not in (*SUMS, *SCALINGS, *COPIES, *RESHAPES):
         return None
     if node.target in SCALINGS:
         if node.target in _DIVISIONS and node.args[1] in inside:

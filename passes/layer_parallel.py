@@ -11,7 +11,8 @@ whatever A_l is, so N iterations are the model itself. SNLP (arXiv 2605.17842).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NoReturn
@@ -21,7 +22,7 @@ from torch import fx
 
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.program import Program, provenance
-from skipstone.ir.regions import Region, cut
+from skipstone.ir.regions import Region, behind, cut
 from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer
 from skipstone.ir.surrogate import COPIES, SUMS, SkipPath
 from skipstone.passes.base import Pass, Remark
@@ -216,7 +217,7 @@ def _stages(program: Program, segment: Segment) -> tuple[tuple[Region, ...], ...
             raise InvalidPlan(problem, hint="End the segment before it, and begin another behind it.")
         groups.append(own)
     before = groups[0][0].index - 1
-    entry = stream.entry if before < 0 else stream.sublayers[before].add
+    entry = stream.entry if before < 0 else behind(stream.sublayers[before].add)
     if segment.unit == "layer":
         return (cut(program, groups, entry),)
     regions = cut(program, [part for group in groups for part in _by_addition(group)], entry)
@@ -265,7 +266,8 @@ def _iterate(
         after = list(before)  # the first `iteration` states are final
         for number in range(iteration, len(regions)):
             region = regions[number]
-            result = _evaluate(program, region, before[number].value)
+            copies = _evaluate(program, region, before[number].value)
+            result = copies[region.exit]
             evaluated.append(result)
             after[number + 1] = _State(result, _wide(program, result))
             # Behind a final state there is nothing to correct. Left out, it is exactly nothing: results are bitwise
@@ -273,7 +275,7 @@ def _iterate(
             if segment.surrogate != "zero" and after[number] is not before[number]:
                 change = program.call(aten.sub.Tensor, after[number].wide, before[number].wide)
                 if segment.surrogate == "auto":
-                    change = _along(program, region.skip, change)
+                    change = _along(program, region.skip, change, copies)
                 wide = program.call(aten.add.Tensor, after[number + 1].wide, change)
                 wide.meta[PARALLEL] = ()
                 after[number + 1] = _State(_cast(program, wide, result.meta["val"].dtype), wide)
@@ -281,19 +283,19 @@ def _iterate(
     return before[1:]
 
 
-def _evaluate(program: Program, region: Region, entry: fx.Node) -> fx.Node:
-    """A copy of the region that reads another state; its result."""
+def _evaluate(program: Program, region: Region, entry: fx.Node) -> dict[fx.Node, fx.Node]:
+    """Copies of a region's operators that read another state."""
     copies = {region.entry: _cast(program, entry, region.entry.meta["val"].dtype)}
     for node in region.nodes:
         copies[node] = program.graph.node_copy(node, lambda operand: copies.get(operand, operand))
     for sublayer in region.sublayers:
         add = copies[sublayer.add]
         add.meta[PARALLEL] = (*add.meta.get(PARALLEL, ()), str(sublayer.kind))
-    return copies[region.exit]
+    return copies
 
 
-def _along(program: Program, path: SkipPath, change: fx.Node) -> fx.Node:
-    """What a change of the stream becomes on the linear way through a region."""
+def _along(program: Program, path: SkipPath, change: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """What a change of the stream becomes on the linear way through a region, of which there are copies."""
     carried: dict[Any, fx.Node] = {path.entry: change}
     for node in path.nodes:
         if node.target in COPIES:
@@ -301,8 +303,8 @@ def _along(program: Program, path: SkipPath, change: fx.Node) -> fx.Node:
         elif node.target in SUMS and not all(operand in carried for operand in node.args[:2]):
             carried[node] = _added(program, node, carried)
         else:
-            operands = [carried.get(operand, operand) for operand in node.args]
-            carried[node] = program.call(node.target, *operands, **node.kwargs)  # type: ignore[arg-type]
+            operands = fx.map_arg(node.args, lambda each: carried[each] if each in carried else copies.get(each, each))
+            carried[node] = program.call(node.target, *operands, **node.kwargs)  # type: ignore[arg-type, misc]
     return carried[path.nodes[-1]]
 
 
@@ -311,7 +313,7 @@ def _added(program: Program, node: fx.Node, carried: dict[Any, fx.Node]) -> fx.N
     left, right = node.args[:2]
     if left in carried:
         return carried[left]
-    sign = 1 if node.target is aten.add.Tensor else -1
+    sign = -1 if node.target in (aten.sub.Tensor, operator.sub) else 1
     factor = sign * node.kwargs.get("alpha", 1)  # type: ignore[operator]
     return carried[right] if factor == 1 else program.call(aten.mul.Tensor, carried[right], factor)
 

@@ -28,7 +28,7 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.dialect import CACHED_OPS, GATE
 from skipstone.ir.printer import readable
-from skipstone.ir.program import Program, module_path
+from skipstone.ir.program import Port, Program, Role, module_path
 from skipstone.ir.statistics import sites
 from skipstone.ir.stream import find_stream
 from skipstone.optimize import footprint, rewrite
@@ -90,8 +90,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         if self.form in ("scaled", "constant"):  # nanochat
             x = self.a * x + self.b * x0
-        if self.form == "divided":
-            x = x0 - x / -self.a
+        if self.form == "roundabout":
+            x = torch.sub(x0, x.flatten(0, 1).view(x.shape) / -self.a, alpha=0.6)
+            x = x + 0.7 * x
         return x + (self.down(x) if self.form == "linear" else self.down(torch.tanh(self.up(self.norm(x)))))
 
 
@@ -116,7 +117,7 @@ class Net(nn.Module):
         return {"out": self.head(self.norm(x - 0.3 * middle))}
 
 
-FORMS = ("plain", "scaled", "divided")
+FORMS = ("plain", "scaled", "roundabout")
 SURROGATES = ("auto", "identity", "zero")
 
 
@@ -140,7 +141,7 @@ def slopes(form: str, surrogate: str, layers: range) -> list[Any]:
     if surrogate != "auto" or form == "plain":
         return [float(surrogate != "zero")] * len(layers)
     slopes = [net(form).layers[n].a for n in layers]
-    return [1 / a for a in slopes] if form == "divided" else slopes
+    return [0.6 / a * 1.7 for a in slopes] if form == "roundabout" else slopes
 
 
 @torch.no_grad()
@@ -670,6 +671,8 @@ class Odd(nn.Module):
             branch = torch.tanh(layer(x))
             if number == 2 and self.form == "value residual":
                 branch = self.extra(branch + inner[1])
+            if number == 2 and self.form == "wider":
+                branch = torch.stack([branch, branch])
             inner.append(branch)
             states.append(x + branch)
         return (states[-1], inner[1]) if self.form == "inner" else states[-1]
@@ -684,7 +687,7 @@ class Odd(nn.Module):
 
 ODD = {
     "return": "comes from another layer of its segment", "inner": "from inside a layer",
-    "gate": "multiplied by a function of itself", "post-norm": "post-norm",
+    "gate": "multiplied by a function of itself", "post-norm": "post-norm", "wider": "changes the shape",
 }  # fmt: skip
 
 
@@ -810,6 +813,51 @@ def test_units_that_do_not_fit_are_refused(form: str) -> None:
     unit: Any = UNITS[form][0]
     with pytest.raises(Unsupported, match=UNITS[form][1]):
         run_pass(LayerParallel((Segment(0, 2, 1, unit),)), net_program(form))
+
+
+def test_two_stages_have_no_states_inside() -> None:
+    """Whole layers do: what reads one gets that of the last iteration."""
+    program, ids = captured("llama").copy(), models.tokens(2, LENGTH)
+    state = find_stream(program).layer(1)[-1].add
+    program.add_output(Port("state", Role.TENSOR), state)
+    with pytest.raises(Unsupported, match=r"read elsewhere at model\.layers\.1\.mlp"):
+        run_pass(LayerParallel((Segment(0, 3, 1, "two_stage"),)), program)
+    run_pass(LayerParallel((Segment(0, 2, 1, "two_stage"),)), program)  # the state behind the segment
+    model = hugging_face("llama")
+    layers, calls = stack(model)[:2], []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, options: calls.append((args, options)), with_kwargs=True)
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+        wanted = solved(layers, calls, Segment(0, 2))
+        for each in handles:
+            each.remove()
+        positions = torch.arange(LENGTH).expand(ids.shape)
+        found = run_pass(LayerParallel((Segment(0, 3),)), program).run(input_ids=ids, position_ids=positions)
+    assert_close(found["state"], wanted)
+
+
+class Hyper(nn.Module):
+    """Two streams that every layer mixes, as hyper-connections do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.layers = nn.Linear(WIDTH, WIDTH), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.mixing = nn.Parameter(torch.full((2, 2), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = torch.stack([self.entry(x), self.entry(x)], dim=-2)
+        for layer in self.layers:
+            streams = self.mixing @ streams + torch.tanh(layer(streams.mean(dim=-2))).unsqueeze(-2)
+        return streams.sum(dim=-2)
+
+
+def test_hyper_connections_are_refused() -> None:
+    program = capture_module(Hyper().eval(), {"x": example().float()})
+    with pytest.raises(Unsupported, match="residual stream"):
+        run_pass(LayerParallel((Segment(0, 2),)), program)
 
 
 def test_parallel_blocks_have_no_two_stages() -> None:
