@@ -277,6 +277,19 @@ def test_states_that_nobody_reads_are_not_computed() -> None:
         assert jacobi.history[-1].remarks[0].numbers["evaluations"] == k
 
 
+def test_sizes_are_those_of_the_copies() -> None:
+    """Nothing of the layers as they were is kept for the size of a state."""
+    program, wanted = net_program("roundabout").copy(), in_graph("roundabout", Segment(0, LAYERS))
+    for view in list(program.nodes(aten.view.default)):
+        state, sizes = view.args[0].args[0], view.args[1]  # type: ignore[union-attr]
+        with program.graph.inserting_before(view):
+            view.args = (view.args[0], [program.call(aten.sym_size.int, state, 0), *sizes[1:]])  # type: ignore[index, misc]
+    parallel = run_pass(LayerParallel((Segment(0, LAYERS),)), program, strict=False)
+    assert len(list(parallel.nodes(aten.tanh.default))) == LAYERS
+    with torch.no_grad():
+        assert torch.equal(parallel.run(x=example())["out"], wanted["out"])
+
+
 # ------------------------------------------------------------------------------------- Hugging Face models, under hooks
 
 SINGLE = {"gemma2": torch.float32}
