@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.harness import Row, arguments, publish, take_turns, timed
-from benchmarks.reference.evaluate import windows
-from benchmarks.skipping import MODELS, REFERENCE, batches, bound
+from benchmarks.reference.evaluate import CHECKPOINT, windows
+from benchmarks.skipping import batches, bound
 from skipstone.budget import Comparison, compare
 from skipstone.certify import behind_prompts, chosen_sets, logits
 from skipstone.ir.capture.huggingface import capture_huggingface
@@ -48,13 +48,9 @@ PROMPT, NEW_TOKENS, SEQUENCES = 128, 32, 8
 def main() -> None:
     """Measure, print and write the figures."""
     options = arguments("by_prompt", __doc__ or "").parse_args()
-    rows: list[Row] = []
-    for prefix, checkpoint in (REFERENCE if options.quick else MODELS).items():
-        model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        trial = Trial(prefix, model, options.quick)
-        rows += trial.rows()
-        if checkpoint in REFERENCE.values():
-            rows += speed(model, trial.plans["by_similarity"], rounds=3 if options.quick else 15)
+    model = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    trial = Trial(model, options.quick)
+    rows = [*trial.rows(), *speed(model, trial.plans["by_similarity"], rounds=3 if options.quick else 15)]
     publish("by_prompt", rows, options.json)
 
 
@@ -62,13 +58,12 @@ class Trial:
     """Methods of choosing by prompt, on one model.
 
     Args:
-        prefix: of the figures' names.
         model: the model.
         quick: fewer windows.
     """
 
-    def __init__(self, prefix: str, model: LlamaForCausalLM, quick: bool) -> None:
-        self.prefix, self.program = prefix, capture_huggingface(model)
+    def __init__(self, model: LlamaForCausalLM, quick: bool) -> None:
+        self.program = capture_huggingface(model)
         note_layers(self.program)
         stream = find_stream(self.program)
         self.chosen_on = batches("train", QUICK_WINDOWS if quick else CALIBRATION_WINDOWS)
@@ -82,7 +77,7 @@ class Trial:
         routers = train_routers(
             self.program, (each.tokens for each in self.chosen_on), share=share, sets=SETS, steps=50 if quick else STEPS
         )
-        print(f"{prefix}routers: share of sublayers on their own prompts {routers.share:.3f}, wanted {share:.3f}")
+        print(f"routers: share of sublayers on their own prompts {routers.share:.3f}, wanted {share:.3f}")
         self.plans = {
             "static": Plan([one, SkipByPrompt((SkipSublayers(),))]),
             "one_set": Plan([SkipByPrompt((one,))]),
@@ -94,15 +89,15 @@ class Trial:
         """The figures of quality."""
         for name, plan in self.plans.items():
             opt = self.eager(plan)
-            print(f"{self.prefix}{name}: {list(plan)}")
+            print(f"{name}: {list(plan)}")
             if len(opt.program.continuations) > 1:
                 chosen = Counter(n for each in self.measured_on for n in chosen_sets(opt, each).tolist())
                 print(f"  prompts by set: {dict(sorted(chosen.items()))}")
             seen = self.cost(opt)
             dnll = float(seen.increase.sum() / seen.nll.sum())
             sample = len(seen.tokens)
-            yield Row(f"dnll_{self.prefix}{name}", dnll, None, None, sample, at_most=True)
-            yield Row(f"dnll_{self.prefix}{name}_bound", bound(seen), None, None, sample, at_most=True)
+            yield Row(f"dnll_{name}", dnll, None, None, sample, at_most=True)
+            yield Row(f"dnll_{name}_bound", bound(seen), None, None, sample, at_most=True)
 
     def cost(self, opt: TokenModel) -> Comparison:
         """Against the full model."""
