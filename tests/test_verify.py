@@ -189,9 +189,9 @@ def test_3_wrong_rank_for_a_role(stepwise: Program) -> None:
     _refused(stepwise, 3, "position_ids", "role start requires int64 of 1 dimensions")
 
 
-def test_4_slots_out_of_order(stepwise: Program) -> None:
+def test_4_slots_that_are_no_numbers(stepwise: Program) -> None:
     stepwise.inputs = tuple(replace(port, slot=-port.slot) if port.slot else port for port in stepwise.inputs)
-    _refused(stepwise, 4, why="the slots are [0, -1], not in ascending order")
+    _refused(stepwise, 4, why="the slots are [0, -1], not a number of its own for each")
 
 
 def test_9_a_continuation_with_a_cache_of_its_own(stepwise: Program) -> None:
