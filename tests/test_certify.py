@@ -167,7 +167,7 @@ def test_speed_is_measured() -> None:
 
 @pytest.fixture
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["skipstone.optimize"], "_capture", lambda *_: program())
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "capture", lambda *_: program())
 
 
 def optimize(entries: list[Any], **options: Any) -> Any:
@@ -230,7 +230,7 @@ def test_validation_data_may_be_given(faster: Callable[[float], None]) -> None:
 def test_missing_data_is_refused_before_work_begins(
     entries: list[Any], options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["skipstone.optimize"], "_capture", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "capture", lambda *_: pytest.fail("work began"))
     with pytest.raises(UserError, match=message):
         optimize(entries, **options)
 

@@ -158,7 +158,7 @@ def executables() -> list[Any]:
         layer.self_attn.k_proj.bias.data.normal_(std=20)
     options = {"calibration": [torch.randint(0, VOCABULARY, (2, 40))], "progress": False, "threads": 1}
     program = capture_huggingface(model)
-    with patch.object(import_module("skipstone.optimize"), "_capture", lambda *_: program.copy()):
+    with patch.object(import_module("skipstone.optimize"), "capture", lambda *_: program.copy()):
         return [optimize(model, Plan([QuantizeKV()]), target=target, **options) for target in ("eager", "onnxruntime")]
 
 
