@@ -344,6 +344,11 @@ def note_layers(program: Program) -> None:
             node.meta["layer"] = sublayer.layer
 
 
+def original_layers(program: Program, stream: ResidualStream) -> int:
+    """How many layers the captured model has: the noted number, or that of the stream where none was noted."""
+    return stream.layers if program.layers is None else program.layers
+
+
 def original_layer(sublayer: Sublayer) -> int:
     """The layer of the captured model that a sublayer came from: the noted one, or its own where none was noted."""
     noted = (node.meta["layer"] for node in sublayer.nodes if "layer" in node.meta)

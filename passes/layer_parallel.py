@@ -23,7 +23,7 @@ from torch import fx
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.program import Program, provenance
 from skipstone.ir.regions import Region, behind, cut
-from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer
+from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer, original_layers
 from skipstone.ir.surrogate import COPIES, SUMS, SkipPath
 from skipstone.passes.base import Pass, Remark
 
@@ -205,7 +205,7 @@ def _stages(program: Program, segment: Segment) -> tuple[tuple[Region, ...], ...
         Unsupported: the units are not functions of the residual stream with a linear skip path.
     """
     stream = find_stream(program)
-    layers = stream.layers if program.layers is None else program.layers
+    layers = original_layers(program, stream)
     if segment.stop > layers:
         problem = f"layer_parallel: {segment}, but the model has layers 0 to {layers - 1}."
         raise InvalidPlan(problem, hint=f"The nearest 'stop' is {layers}.")

@@ -13,7 +13,7 @@ from skipstone.ir.dialect import GATE, SKIP_PREDICATE
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.gates import spared
 from skipstone.ir.program import Port, Program, Role, provenance
-from skipstone.ir.stream import ResidualStream, Sublayer, SublayerKind, find_stream, original_layer
+from skipstone.ir.stream import Sublayer, SublayerKind, find_stream, original_layer, original_layers
 from skipstone.passes.base import Pass, Remark
 
 aten = torch.ops.aten
@@ -81,7 +81,8 @@ class SkipFFNAdaptive(Pass):
             Unsupported: there are not two FFNs that gates can be put behind.
         """
         stream = find_stream(program)
-        layers, last = _layers(program, stream), _layers(program, stream) - self.cold_end
+        layers = original_layers(program, stream)
+        last = layers - self.cold_end
         if last - self.cold_start < 2:
             raise InvalidPlan(
                 f"{self.name}: with {self.cold_start} cold layers at the start and {self.cold_end} at the end, "
@@ -111,7 +112,7 @@ class SkipFFNAdaptive(Pass):
 
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""
-        layers = _layers(program, find_stream(program))
+        layers = original_layers(program, find_stream(program))
         limit = self.limit(layers)
         warm, refused = self._warm(program)
         start: Any = program.input(Role.START)
@@ -148,11 +149,6 @@ class SkipFFNAdaptive(Pass):
         """See `Pass.ensures`."""
         if not any(True for _ in program.nodes(GATE)):
             raise InternalError("no FFN has a gate")
-
-
-def _layers(program: Program, stream: ResidualStream) -> int:
-    """How many layers the captured model has."""
-    return stream.layers if program.layers is None else program.layers
 
 
 def _insert_gate(program: Program, sublayer: Sublayer, met: list[fx.Node], limit: int) -> None:

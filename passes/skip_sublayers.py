@@ -12,7 +12,7 @@ from torch import fx
 
 from skipstone.ir.errors import InvalidPlan, Unsupported
 from skipstone.ir.program import Program
-from skipstone.ir.stream import Sublayer, SublayerKind, find_stream, original_layer
+from skipstone.ir.stream import Sublayer, SublayerKind, find_stream, original_layer, original_layers
 from skipstone.passes.base import Pass, Remark
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ class SkipSublayers(Pass):
             InvalidPlan: a layer out of range, a layer without such a sublayer, or a path that names none.
         """
         stream = find_stream(program)
-        layers = stream.layers if program.layers is None else program.layers
+        layers = original_layers(program, stream)
         chosen: set[int] = set()
         for field, kinds in (("attention", [SublayerKind.ATTENTION]), ("ffn", [SublayerKind.FFN]), ("layers", None)):
             for layer in getattr(self, field):

@@ -13,7 +13,7 @@ from skipstone.ir.dialect import GATE
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported
 from skipstone.ir.gates import cosine
 from skipstone.ir.program import Port, Program, Role
-from skipstone.ir.stream import SublayerKind, find_stream
+from skipstone.ir.stream import SublayerKind, find_stream, original_layers
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.replay import Evaluator
 from skipstone.runtime.cache import KVCache
@@ -150,5 +150,5 @@ def skipped_share(
 ) -> float:
     """The share of the FFNs, of all layers, that `skipped_ffns` finds to be skipped."""
     skipped = skipped_ffns(executable, prompt, tokens, attention_mask)
-    layers = executable.program.layers or find_stream(executable.program).layers
+    layers = original_layers(executable.program, find_stream(executable.program))
     return sum(float(each.double().mean()) for each in skipped.values()) / layers

@@ -188,24 +188,18 @@ def logits(model: Executable, batch: Batch) -> Tensor:
     prompts, columns = prompt_lengths(batch).to(model.device), torch.arange(layout.width, device=model.device)
     cache = model.new_cache(len(tokens), layout.width, spare=0)
     cache.decode_start = prompts
-    width = int(prompts.max())
-    parts = [model.advance(tokens[:, :width], Layout(width, prompts, None), rows(prompts, width), cache=cache)]
+    read = Layout(int(prompts.max()), prompts, None)
+    parts = [model.advance(tokens[:, : read.width], read, read.rows(read.width), cache=cache)]
     if (behind := int((layout.counts - prompts).max())) > 0:
         later = (prompts.unsqueeze(1) + columns[:behind]).clamp(max=layout.width - 1)
-        counts = (layout.counts - prompts).clamp(min=1)  # a prompt without anything behind it reads one token more
-        parts.append(
-            model.advance(tokens.gather(1, later), Layout(behind, counts, None), rows(prompts, behind), cache=cache)
-        )
+        # A prompt without anything behind it reads one token more.
+        rest = Layout(behind, (layout.counts - prompts).clamp(min=1), None)
+        parts.append(model.advance(tokens.gather(1, later), rest, rest.rows(behind), cache=cache))
     inside = columns < prompts.unsqueeze(1)
-    place = torch.where(inside, columns, columns - prompts.unsqueeze(1) + width)
+    place = torch.where(inside, columns, columns - prompts.unsqueeze(1) + read.width)
     together = torch.cat(parts, dim=1)
     place = place.clamp(max=together.shape[1] - 1).unsqueeze(-1)
     return together.gather(1, place.expand(-1, -1, together.shape[-1]))
-
-
-def rows(like: Tensor, width: int) -> Tensor:
-    """int64 [B, width]: the first rows of each sequence."""
-    return torch.arange(width, device=like.device).expand(len(like), width).contiguous()
 
 
 def decides_in_decoding(model: Executable) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -21,14 +20,7 @@ from skipstone.runtime.executable import Executable
 from tests import models
 from tests.ffn_oracles import ALWAYS, LAYERS, LENGTH, paper_loop
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def planted(factors: dict[int, float], name: str = "llama") -> Program:

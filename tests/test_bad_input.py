@@ -8,7 +8,7 @@ import errno
 import multiprocessing
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -41,13 +41,7 @@ from skipstone.runtime.onnx.lower import lower
 LAYERS, VOCABULARY, POSITIONS = 2, 61, 64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def llama(**options: Any) -> LlamaForCausalLM:

@@ -45,13 +45,7 @@ FLOAT64 = 1e-9
 """Largest difference of float64 results, over their range."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def newton(functions: Sequence[Callable], start: Tensor, iterations: int, slopes: Sequence[Any]) -> list[Tensor]:

@@ -7,7 +7,7 @@ leaves something out, and run on every row alone: without padding, without a cac
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -63,13 +63,7 @@ TARGETS = ("eager", "onnxruntime")
 CELLS = [(heads, case, target) for target in TARGETS for case in CASES for heads in KV_HEADS]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -144,12 +143,7 @@ def expected(heads: str, name: str, ids: Tensor) -> Tensor:
     return torch.cat([written_out(heads, name).run(row[None], positions)[0] for row in ids])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CELLS = [pytest.param(heads, name, id=f"{heads}, {name}") for heads in KV_HEADS for name in FORMATS]
