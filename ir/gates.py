@@ -33,12 +33,6 @@ def decoding(rows: int, start: Tensor, decode_start: Tensor, warmup_tokens: int)
     return positions >= (decode_start + warmup_tokens).unsqueeze(1)
 
 
-def met_so_far(decoded: Tensor, before: Tensor, after: Tensor, threshold: float, met: Tensor | None) -> Tensor:
-    """`skip_predicate` where it is known which tokens are `decoding`, bool [B, S]."""
-    reached = decoded & (cosine(before, after) >= threshold)
-    return reached if met is None else met | reached
-
-
 @torch.library.custom_op("skipstone::skip_predicate", mutates_args=())
 def skip_predicate(
     before: Tensor,
@@ -67,7 +61,8 @@ def skip_predicate(
         bool [B, S].
     """
     decoded = decoding(before.shape[1], start, decode_start, warmup_tokens)
-    return met_so_far(decoded, before, after, threshold, met)
+    reached = decoded & (cosine(before, after) >= threshold)
+    return reached if met is None else met | reached
 
 
 @skip_predicate.register_fake

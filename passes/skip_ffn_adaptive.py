@@ -157,8 +157,8 @@ def _insert_gate(program: Program, sublayer: Sublayer, met: list[fx.Node], limit
     with provenance(program, SkipFFNAdaptive.name, like=branch), program.graph.inserting_before(branch.next):
         skip = met[-1]
         if len(met) > limit:
-            done = program.call(aten.logical_not.default, met[-1 - limit])
-            skip = program.call(aten.logical_and.default, skip, done)
+            done = program.call(aten.bitwise_not.default, met[-1 - limit])
+            skip = program.call(aten.bitwise_and.Tensor, skip, done)
         gate = program.call(GATE, branch, skip)
     branch.replace_all_uses_with(gate, delete_user_cb=lambda user: user is not gate)
     for node in spared(gate):

@@ -1,4 +1,8 @@
-"""The ONNX form of `skipstone::gate`: a condition around what it spares.
+"""The ONNX forms of `skipstone::skip_predicate`, in few operators, and of `skipstone::gate`, a condition around what it
+spares.
+
+A decoder step is so short that operators count even where they have next to nothing to compute: an FFN of the size of
+GPT-2's takes as long as some two hundred of them.
 
 Where every row skips, the condition gives zeros; else it computes the gate's value for all rows and clears those that
 skip. Weights stay initializers of the model, which the branch reads from outside: none is copied, and of a branch that
@@ -9,15 +13,37 @@ torch.onnx sees one symbolic operator (`symbol`), which `expand` replaces in the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from skipstone.ir.gates import decoding
 from skipstone.runtime.onnx.tape import BranchTape
 
 _DOMAIN, _OPERATOR = "skipstone", "Gate"
+
+
+def bounds(rows: int, start: Tensor, decode_start: Tensor, *, threshold: float, warmup_tokens: int) -> Tensor:
+    """float32 [B, S]: what the cosine of each token has to reach for `skip_predicate` to hold.
+
+    Cosines that rounding takes out of [-1, 1] meet what they met inside.
+    """
+    bound = -math.inf if threshold <= -1 else math.inf if threshold > 1 else threshold
+    decoded = decoding(rows, start, decode_start, warmup_tokens)
+    return torch.where(decoded, bound, math.inf)
+
+
+def predicate(before: Tensor, after: Tensor, bound: Tensor, met: Tensor | None) -> Tensor:
+    """`skip_predicate` for given `bounds`: whether the cosine of [B, S, H] reaches them, or `met` holds already."""
+    units = [
+        torch.onnx.ops.symbolic("::LpNormalization", (x,), {"axis": -1, "p": 2}, dtype=x.dtype, shape=x.shape)
+        for x in (before, after)
+    ]
+    reached = (units[0] * units[1]).sum(dim=-1) >= bound
+    return reached if met is None else reached.bitwise_or(met)
 
 
 def symbol(x: Tensor, skip: Tensor) -> Tensor:

@@ -40,7 +40,6 @@ from skipstone.ir.dialect import (
 )
 from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
 from skipstone.ir.formats import parse
-from skipstone.ir.gates import decoding, met_so_far
 from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.runtime.onnx import attention, experts, gates
@@ -125,7 +124,7 @@ class _OnnxForms(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.lengths: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
         self.halves: dict[Tensor, Tensor] = {}
-        self.decoding: dict[tuple[Any, ...], Tensor] = {}
+        self.bounds: dict[tuple[Any, ...], Tensor] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         match target:
@@ -160,15 +159,13 @@ class _OnnxForms(fx.Interpreter):
         start: Tensor,
         decode_start: Tensor,
         met: Tensor | None = None,
-        *,
-        threshold: float,
-        warmup_tokens: int,
+        **options: Any,
     ) -> Tensor:
-        """`skip_predicate`; which tokens are decoded is found out once for all sublayers."""
-        key = (start, decode_start, warmup_tokens)
-        if key not in self.decoding:
-            self.decoding[key] = decoding(before.shape[1], *key)
-        return met_so_far(self.decoding[key], before, after, threshold, met)
+        """`skip_predicate`; what each token's cosine has to reach is found out once for all sublayers."""
+        key = (start, decode_start, *options.values())
+        if key not in self.bounds:
+            self.bounds[key] = gates.bounds(before.shape[1], start, decode_start, **options)
+        return gates.predicate(before, after, self.bounds[key], met)
 
     def _rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`rotary` on rows [B, S, N * D], which is how a projection leaves them; its own layout would be transposed."""
