@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks import diffusion
-from benchmarks.reference import train
+from benchmarks.reference.architectures import llama
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny(name: str) -> LlamaForCausalLM:
     """A model that takes every mask for a space, so that some of its predictions are right."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(train.config(layers=4, width=32, masked=name == "llada")).eval()
+    model = LlamaForCausalLM(llama(layers=4, width=32, masked=name == "llada")).eval()
     embeddings = model.model.embed_tokens.weight.data
     embeddings[ord(" ")] = 2 * embeddings[-1]
     return model

@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from benchmarks.reference import tokenizer, train
+from benchmarks.reference.architectures import UNMASKED, build, llama, nanochat
 from benchmarks.reference.corpus import Split, corpus, files
 from benchmarks.reference.evaluate import CHECKPOINT, evaluate, evaluate_masked, windows
+from benchmarks.reference.optimizers import Muon
+from skipstone import Segment
 
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
@@ -118,11 +121,14 @@ def test_pipeline_generates_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert written.startswith("import ") and len(written.encode()) >= len("import ") + 8
 
 
-@pytest.mark.parametrize("objective", train.OBJECTIVES)
-def test_training_goes_on_where_it_was_interrupted(objective: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("objective", "own"),
+    [("next", ()), ("masked", ()), ("next", ("--architecture", "nanochat", "--layers", "4", "--snlp", "0.5"))],
+)
+def test_training_goes_on_where_it_was_interrupted(objective: str, own: tuple[str, ...], tmp_path: Path) -> None:
     """Three steps, then two more, end where five steps in one go end."""
     shape = ["--layers", "2", "--width", "32", "--batch", "2", "--length", "16", "--steps", "5", "--device", "cpu"]
-    shape += ["--objective", objective]
+    shape += ["--objective", objective, *own]
     whole, parts = (
         ["--out", str(tmp_path / name / "out"), "--work", str(tmp_path / name)] for name in ("whole", "parts")
     )
@@ -138,12 +144,68 @@ def test_training_goes_on_where_it_was_interrupted(objective: str, tmp_path: Pat
         torch.testing.assert_close(resumed[name], weight)
     state = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == 5
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "parts" / "out").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "out").eval()
     written = AutoTokenizer.from_pretrained(tmp_path / "parts" / "out")
     assert written("a").input_ids == [tokenizer.BEGIN, 97]
     assert written.mask_token_id == (tokenizer.MASK if objective == "masked" else None)
     before, after = (loaded(input_ids=torch.tensor([[256, 1, last]])).logits[:, 0] for last in (2, 3))
     assert torch.equal(before, after) == (objective == "next"), "who sees later tokens"
+
+
+def test_the_nearer_limit_ends_a_run() -> None:
+    progress = train.Progress(step=30, seconds=90)
+    assert progress.share(steps=40, minutes=None) == 0.75
+    assert progress.share(steps=None, minutes=6) == 0.25
+    assert progress.share(steps=40, minutes=6) == progress.share(steps=100, minutes=2) == 0.75
+
+
+def test_the_regularizer_trains_for_the_middle() -> None:
+    assert train.segments(32) == [Segment(12, 20), Segment(8, 24), Segment(4, 28)]
+    assert train.segments(5) == [Segment(1, 3), Segment(1, 4)]
+
+
+def test_the_regularizer_adds_to_the_loss_by_its_weight() -> None:
+    """Without a rate, the gradients that are left are those of the sum, clipped."""
+    torch.manual_seed(0)
+    model, generator = build(nanochat(4, 32)), torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.fc2.weight, std=0.2)
+    regularizer = train.LayerParallelLoss(model.model.layers, train.segments(4), stride=train.STRIDE)
+    steppers, samples = train.optimizers(model, 0.0), train.batch(torch.arange(99), 2, 8, generator)
+    step = train.Step(model, train.next_loss, steppers, generator, regularizer, samples, torch.tensor(0.3))
+    losses = step.losses()
+    assert losses[1] > 0.01
+    expected = torch.autograd.grad(losses[0] + 0.3 * losses[1], list(model.parameters()))
+    size = torch.stack([each.norm() for each in expected]).norm()
+    assert torch.equal(step(), losses.detach())
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient / max(1.0, float(size)))
+
+
+def test_attention_without_a_mask_is_causal() -> None:
+    torch.manual_seed(0)
+    model, ids = build(nanochat(2, 64)).eval(), torch.randint(256, (2, 9))
+    torch.nn.init.normal_(model.model.layers[0].self_attn.o_proj.weight)
+    expected = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation(UNMASKED)
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_muon_is_that_of_torch() -> None:
+    shapes = [(32, 32), (48, 32), (32, 48), (32, 32), (48, 32)]
+    ours, theirs = ([torch.nn.Parameter(torch.full(shape, 0.1)) for shape in shapes] for _ in range(2))
+    steppers = [
+        Muon(ours, torch.tensor(0.02), momentum=0.9, decay=0.1),
+        torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for stepper in steppers:
+            stepper.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-4)  # a step is 0.02, in bfloat16
 
 
 # -------------------------------------------------------------------------------------------- models that fill in masks
@@ -154,7 +216,7 @@ def test_masked_loss_weighs_every_byte_alike() -> None:
     generator, windows = torch.Generator().manual_seed(0), torch.arange(8 * 33).remainder(256).view(8, 33)
     costs = torch.arange(256) / 256
 
-    def knows(input_ids: Tensor) -> SimpleNamespace:
+    def knows(input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         """Logits under which byte b costs b / 256 nats, whatever is masked."""
         right = torch.zeros(8, 33, 260).scatter(-1, windows.unsqueeze(-1), 1.0).bool()
         probability = torch.exp(-costs[windows]).unsqueeze(-1).expand(right.shape)
@@ -166,11 +228,11 @@ def test_masked_loss_weighs_every_byte_alike() -> None:
 
 def test_masked_training_lowers_the_loss() -> None:
     generator = torch.Generator().manual_seed(0)
-    model = LlamaForCausalLM(train.config(layers=1, width=32, masked=True))
+    model = LlamaForCausalLM(llama(layers=1, width=32, masked=True))
     steppers, data = train.optimizers(model, 1e-2), tokenizer.encode(corpus("valid"))
     losses = []
     for _ in range(30):
-        loss = train.masked_loss(model, train.batch(data, 8, 32, generator, torch.device("cpu")), generator)
+        loss = train.masked_loss(model, train.batch(data, 8, 32, generator), generator)
         loss.backward()
         for stepper in steppers:
             stepper.step()
@@ -181,7 +243,7 @@ def test_masked_training_lowers_the_loss() -> None:
 
 def test_evaluate_masked_agrees_with_a_plain_loop() -> None:
     torch.manual_seed(0)
-    model, samples = LlamaForCausalLM(train.config(layers=1, width=32, masked=True)).eval(), windows("valid", 5, 20)
+    model, samples = LlamaForCausalLM(llama(layers=1, width=32, masked=True)).eval(), windows("valid", 5, 20)
     seen: list[Tensor] = []
 
     def logits(ids: Tensor) -> Tensor:

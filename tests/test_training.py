@@ -34,7 +34,8 @@ from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.skip_by_prompt import BIAS, WEIGHT
 from skipstone.routed import RoutedProgram
 from skipstone.runtime.executable import Executable
-from skipstone.training import Routers, _choose_sets, _LinearRouters, _shift, _Units, train_routers
+from skipstone.training import Routers, train_routers
+from skipstone.training.routers import _choose_sets, _LinearRouters, _shift, _Units
 from skipstone.units import Space
 from tests import models
 

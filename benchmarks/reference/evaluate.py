@@ -16,7 +16,7 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from benchmarks.reference import tokenizer
 from benchmarks.reference.corpus import Split, corpus
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    model = LlamaForCausalLM.from_pretrained(options.directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.directory, dtype=torch.float32).eval()
     samples = windows(options.split, options.windows, options.length)
 
     def logits_fn(ids: Tensor) -> Tensor:

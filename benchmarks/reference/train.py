@@ -1,4 +1,4 @@
-"""Train the reference model: `python -m benchmarks.reference.train [--minutes 60] [--objective masked]`.
+"""Train a reference model: `python -m benchmarks.reference.train [--minutes 60] [--objective masked] [--snlp 0.5]`.
 
 The run can be interrupted and started again: it goes on from its last checkpoint. It uses a GPU when there is one.
 """
@@ -6,6 +6,7 @@ The run can be interrupted and started again: it goes on from its last checkpoin
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import time
@@ -18,16 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from benchmarks.reference import tokenizer
+from benchmarks.reference.architectures import ARCHITECTURES, UNMASKED, build
+from benchmarks.reference.captured import Captured
 from benchmarks.reference.corpus import corpus
+from benchmarks.reference.optimizers import optimizers
+from skipstone import Segment
+from skipstone.training import LayerParallelLoss, ramp
 
 HERE = Path(__file__).parent
 
-
 LEAST = 1e-3
 """The smallest probability with which a byte is masked; LLaDA's."""
+
+STRIDE = 4
+"""Every how many layers of a segment the regularizer compares states."""
+
+REPORTED = 10
+"""Every how many steps the losses are read, which waits for the device."""
 
 
 @dataclass
@@ -38,58 +49,36 @@ class Progress:
     seconds: float = 0.0
     tokens: int = 0
 
+    def share(self, steps: int | None, minutes: float | None) -> float:
+        """The share of the run that is done, by the limit that is nearer."""
+        return max(self.step / steps if steps else 0.0, self.seconds / 60 / minutes if minutes else 0.0)
 
-def config(layers: int = 12, width: int = 128, masked: bool = False) -> LlamaConfig:
-    """Llama shape with grouped-query attention: `layers` layers, heads of 32.
 
-    A model that fills in masks is the same with one token more, and every token sees all others.
+def segments(layers: int) -> list[Segment]:
+    """A quarter, half and three quarters of the layers, in the middle: what the regularizer trains for.
+
+    The paper takes as many layers (8, 16 and 24 of 32), but the last ones. A plan takes them from the middle, since the
+    first and the last layers bear it worst (arXiv 2407.09298); layers behind a segment can make up for its error.
     """
-    own = {"is_causal": False, "mask_token_id": tokenizer.MASK} if masked else {}
-    return LlamaConfig(
-        vocab_size=tokenizer.VOCABULARY + masked,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3 // 8 * 8,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=max(1, width // 64),
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.BEGIN,
-        eos_token_id=tokenizer.END,
-        pad_token_id=tokenizer.PADDING,
-        dtype="float32",
-        **own,
-    )
+    counts = (layers * quarters // 4 for quarters in (1, 2, 3))
+    starts = {(layers - count) // 2: count for count in counts if count > 1}
+    return [Segment(start, start + count) for start, count in starts.items()]
 
 
-def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings and gains."""
-    hidden = [
-        p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name
-    ]
-    kept = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in kept]
-    return [
-        torch.optim.Muon(hidden, lr=rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+def batch(data: Tensor, size: int, length: int, generator: torch.Generator) -> Tensor:
+    """Random windows, int64 [size, length + 1], on the data's device; each starts with the begin token."""
+    starts = torch.randint(len(data) - length, (size, 1), generator=generator).to(data.device, non_blocking=True)
+    windows = data[starts + torch.arange(length, device=data.device)]
+    return F.pad(windows, (1, 0), value=tokenizer.BEGIN)
 
 
-def batch(data: Tensor, size: int, length: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Random windows, int64 [size, length + 1]; each starts with the begin token."""
-    starts = torch.randint(len(data) - length, (size,), generator=generator)
-    windows = data[starts[:, None] + torch.arange(length)]
-    return F.pad(windows, (1, 0), value=tokenizer.BEGIN).to(device)
-
-
-def next_loss(model: LlamaForCausalLM, windows: Tensor, generator: torch.Generator) -> Tensor:
+def next_loss(model: PreTrainedModel, windows: Tensor, generator: torch.Generator) -> Tensor:
     """Mean negative log-likelihood of the next byte, nats."""
-    logits = model(input_ids=windows[:, :-1]).logits
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
-def masked_loss(model: LlamaForCausalLM, windows: Tensor, generator: torch.Generator) -> Tensor:
+def masked_loss(model: PreTrainedModel, windows: Tensor, generator: torch.Generator) -> Tensor:
     """LLaDA's bound of the negative log-likelihood of a byte, nats (arXiv 2502.09992, equation 3).
 
     Of a window, each byte is masked with probability t, and its loss weighs 1/t. The t are uniform between `LEAST` and
@@ -100,12 +89,12 @@ def masked_loss(model: LlamaForCausalLM, windows: Tensor, generator: torch.Gener
     share = (LEAST + (1 - LEAST) * spread).unsqueeze(1)
     masked = (torch.rand(text.shape, generator=generator) < share).to(text.device)
     shown = torch.cat([windows[:, :1], text.masked_fill(masked, tokenizer.MASK)], dim=1)
-    logits = model(input_ids=shown).logits[:, 1:]
+    logits = model(input_ids=shown, use_cache=False).logits[:, 1:]
     losses = F.cross_entropy(logits[masked].float(), text[masked], reduction="none")
     return (losses / share.to(text.device).expand_as(text)[masked]).sum() / text.numel()
 
 
-OBJECTIVES: dict[str, Callable[[LlamaForCausalLM, Tensor, torch.Generator], Tensor]] = {
+OBJECTIVES: dict[str, Callable[[PreTrainedModel, Tensor, torch.Generator], Tensor]] = {
     "next": next_loss,
     "masked": masked_loss,
 }
@@ -117,10 +106,10 @@ def schedule(share: float) -> float:
     return min(1.0, share / 0.02 + 0.05, max(0.0, (1 - share) / 0.6))
 
 
-def export(model: LlamaForCausalLM, directory: Path) -> None:
+def export(model: PreTrainedModel, directory: Path) -> None:
     """Write the checkpoint in bfloat16 with its tokenizer; files that are already there are replaced one by one."""
     scratch = directory.parent / f".{directory.name}.{os.getpid()}"
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = type(model)(model.config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     half.config.dtype = torch.bfloat16
     half.save_pretrained(scratch)
@@ -140,28 +129,76 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(scratch, path)
 
 
+@dataclass
+class Step:
+    """One step of the training, without waiting for the device.
+
+    Attributes:
+        windows: what it learns from, int64 [size, length + 1].
+        weight: of the regularizer, a tensor of no dimensions.
+    """
+
+    model: PreTrainedModel
+    objective: Callable[[PreTrainedModel, Tensor, torch.Generator], Tensor]
+    steppers: list[torch.optim.Optimizer]
+    generator: torch.Generator
+    regularizer: LayerParallelLoss | None
+    windows: Tensor
+    weight: Tensor
+
+    def __call__(self) -> Tensor:
+        """Take it; the loss of the objective and that of the regularizer, [2]."""
+        for stepper in self.steppers:
+            stepper.zero_grad(set_to_none=True)
+        losses = self.losses()
+        torch.addcmul(losses[0], losses[1], self.weight).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for stepper in self.steppers:
+            stepper.step()
+        return losses.detach()
+
+    def losses(self) -> Tensor:
+        """The loss of the objective and that of the regularizer, [2]."""
+        kind = self.windows.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            if self.regularizer is None:
+                loss = self.objective(self.model, self.windows, self.generator)
+                return torch.stack([loss, torch.zeros_like(loss)])
+            with self.regularizer.record():
+                loss = self.objective(self.model, self.windows, self.generator)
+            return torch.stack([loss, self.regularizer.loss()])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60.0, help="length of the run; it decides the schedule")
-    parser.add_argument("--steps", type=int, help="length of the run in steps, instead of minutes")
+    parser.add_argument("--minutes", type=float, help="length of the run; it decides the schedule; 60 without --steps")
+    parser.add_argument("--steps", type=int, help="length of the run in steps; with --minutes, what comes first")
     parser.add_argument("--objective", choices=OBJECTIVES, default="next", help="what the model learns to predict")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--snlp", type=float, default=0.0, help="weight of the regularizer for layers in parallel")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--out", type=Path, default=HERE / "stdlib-llama")
     parser.add_argument("--work", type=Path, default=Path("build/reference"))
     parser.add_argument("--device", default="auto", help="a torch device; auto takes a GPU when there is one")
+    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True, help="a CUDA graph of a step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stop-after", type=int, help="interrupt this call after so many steps")
     options = parser.parse_args(arguments)
+    if not (options.minutes or options.steps):
+        options.minutes = 60.0
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if options.device == "auto" else options.device)
-    model = LlamaForCausalLM(config(options.layers, options.width, options.objective == "masked")).to(device)
+    # How many bytes are masked decides the shape of what their loss is computed from: a graph cannot hold that.
+    graph = options.graph and device.type == "cuda" and options.objective == "next"
+    config = ARCHITECTURES[options.architecture](options.layers, options.width, options.objective == "masked")
+    model = build(config, UNMASKED if graph else "sdpa").to(device)
     model.train()
     steppers, generator, progress = optimizers(model, options.rate), torch.Generator().manual_seed(0), Progress()
     checkpoint = options.work / "checkpoint.pt"
@@ -179,32 +216,38 @@ def main(arguments: list[str] | None = None) -> None:
         save(checkpoint, {"model": model.state_dict(), "optimizers": states, **position})
         export(model, options.out)
 
-    data = tokenizer.encode(corpus("train"))
-    bar, last_kept, smooth, stopped_at = tqdm(unit="step", initial=progress.step), time.monotonic(), None, None
-    if options.stop_after:
-        stopped_at = progress.step + options.stop_after
+    data = tokenizer.encode(corpus("train")).to(device)
+    print(f"{len(data):,} bytes of text, {sum(each.numel() for each in model.parameters()):,} parameters, {device}")
+    regularizer = None
+    if options.snlp:
+        regularizer = LayerParallelLoss(model.model.layers, segments(options.layers), stride=STRIDE)
+    windows, weight = data.new_empty(options.batch, options.length + 1), torch.zeros((), device=device)
+    step = Step(model, OBJECTIVES[options.objective], steppers, generator, regularizer, windows, weight)
+    take = Captured(step) if graph else step
+    bar, last_kept = tqdm(unit="step", initial=progress.step, mininterval=1), time.monotonic()
+    smooth: Tensor | None = None
+    stopped_at = progress.step + options.stop_after if options.stop_after else None
     try:
         while True:
-            share = progress.step / options.steps if options.steps else progress.seconds / 60 / options.minutes
+            share = progress.share(options.steps, options.minutes)
             if share >= 1 or progress.step == stopped_at:
                 break
             started = time.monotonic()
             for stepper in steppers:
                 for group in stepper.param_groups:
-                    group["lr"] = options.rate * schedule(share)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                windows = batch(data, options.batch, options.length, generator, device)
-                loss = OBJECTIVES[options.objective](model, windows, generator)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for stepper in steppers:
-                stepper.step()
-                stepper.zero_grad(set_to_none=True)
+                    group["lr"].fill_(options.rate * schedule(share))
+            weight.fill_(options.snlp * ramp(share))
+            windows.copy_(batch(data, options.batch, options.length, generator))
+            losses = take()
             progress.step += 1
             progress.tokens += options.batch * options.length
+            smooth = losses.clone() if smooth is None else smooth.lerp_(losses, 0.02)
+            if progress.step % REPORTED == 0:
+                loss, apart = smooth.tolist()
+                if not math.isfinite(loss + apart):
+                    raise SystemExit(f"step {progress.step}: the losses are {loss} and {apart}")
+                bar.set_postfix(loss=f"{loss:.3f}", apart=f"{apart:.3f}", share=f"{share:.2f}", refresh=False)
             progress.seconds += time.monotonic() - started
-            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            bar.set_postfix(loss=f"{smooth:.3f}", share=f"{share:.2f}", refresh=False)
             bar.update()
             if time.monotonic() - last_kept > 240:
                 keep()
@@ -214,8 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         bar.close()
     keep()
+    last = "none" if smooth is None else " and ".join(f"{each:.4f}" for each in smooth.tolist())
     minutes = progress.seconds / 60
-    print(f"{progress.step} steps, {progress.tokens:,} bytes, {minutes:.1f} minutes, last loss {smooth}")
+    print(f"{progress.step} steps, {progress.tokens:,} bytes, {minutes:.1f} minutes, last losses {last}")
 
 
 if __name__ == "__main__":
