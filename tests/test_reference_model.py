@@ -169,7 +169,7 @@ def test_the_regularizer_adds_to_the_loss_by_its_weight() -> None:
     torch.manual_seed(0)
     model, generator = build(nanochat(4, 32)), torch.Generator().manual_seed(0)
     for layer in model.model.layers:
-        torch.nn.init.normal_(layer.mlp.fc2.weight, std=0.2)
+        torch.nn.init.normal_(layer.mlp.fc2.weight)
     regularizer = train.LayerParallelLoss(model.model.layers, train.segments(4), stride=train.STRIDE)
     steppers, samples = train.optimizers(model, 0.0), train.batch(torch.arange(99), 2, 8, generator)
     step = train.Step(model, train.next_loss, steppers, generator, regularizer, samples, torch.tensor(0.3))

@@ -60,9 +60,8 @@ def segments(layers: int) -> list[Segment]:
     The paper takes as many layers (8, 16 and 24 of 32), but the last ones. A plan takes them from the middle, since the
     first and the last layers bear it worst (arXiv 2407.09298); layers behind a segment can make up for its error.
     """
-    counts = (layers * quarters // 4 for quarters in (1, 2, 3))
-    starts = {(layers - count) // 2: count for count in counts if count > 1}
-    return [Segment(start, start + count) for start, count in starts.items()]
+    counts = [count for quarters in (1, 2, 3) if (count := layers * quarters // 4) > 1]
+    return [Segment((layers - count) // 2, (layers + count) // 2) for count in counts]
 
 
 def batch(data: Tensor, size: int, length: int, generator: torch.Generator) -> Tensor:
