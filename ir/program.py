@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._pytree import TreeSpec
 
 from skipstone.ir.errors import InternalError, Unsupported
@@ -321,7 +322,8 @@ def fake_value(node: fx.Node) -> Any:
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     if mode is None:
         return target(*args, **kwargs)
-    with mode, torch.no_grad():
+    # Without the Python dispatcher, torch 2.11 takes the symbolic sizes of a matrix product for numbers.
+    with enable_python_dispatcher(), mode, torch.no_grad():
         return target(*args, **kwargs)
 
 
