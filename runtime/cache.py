@@ -168,6 +168,8 @@ class KVCache(Cache):
         capacity: rows C that each sequence has room for.
         decode_start: int64 [B], rows of each sequence that are its prompt: 0 until one is read. Tokens behind it are
             decoded, whether one or several at a time.
+        stepped: columns of the step that has written rows which are not counted in yet, 0 without one.
+        lease: whatever a session wants to keep for as long as the cache, or a copy of it, is there.
     """
 
     def __init__(
@@ -180,6 +182,10 @@ class KVCache(Cache):
         self.decode_start = torch.zeros_like(lengths)
         # The most rows that each sequence ever had: rings of recent rows hold those before it, even after a crop.
         self._reached = lengths.clone()
+        self.stepped = 0
+        self.lease: object = None
+        self._at_most = 0  # no sequence is longer than this, if these are still its lengths:
+        self._measured: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -202,10 +208,20 @@ class KVCache(Cache):
         """See `Cache.nbytes`."""
         return sum(tensor.nbytes for tensor in self.buffers.values())
 
+    def has_room(self, rows: int) -> bool:
+        """Whether every sequence has room for so many rows. The device is asked only where it has to be."""
+        if self._measured is not self.lengths or self._at_most + rows > self.capacity:
+            self._at_most, self._measured = int(self.lengths.max()), self.lengths
+        return self._at_most + rows <= self.capacity
+
     def advance(self, counts: Tensor) -> None:
         """See `Cache.advance`."""
+        is_known = self.stepped > 0 and self._measured is self.lengths
         self.lengths = self.lengths + counts
         self._reached = torch.maximum(self._reached, self.lengths)
+        if is_known:  # no count is larger than the step had columns
+            self._at_most, self._measured = self._at_most + self.stepped, self.lengths
+        self.stepped = 0
 
     def grow(self, capacity: int) -> None:
         """See `Cache.grow`."""

@@ -95,7 +95,9 @@ class ProgramSession(ABC):
         check_cache(self.layout, tokens, cache)
         values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
         names = [next(port.name for port in self.program.outputs if port.role == role) for role in roles]
-        return self.step_outputs(values, cache, names)
+        outputs = self.step_outputs(values, cache, names)
+        cache.stepped = tokens.shape[1]
+        return outputs
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """See `Session.new_cache`."""
@@ -158,5 +160,6 @@ def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any) -> 
         raise InvalidInput("the cache was made for another program.", hint="Use the cache that prefill() returned.")
     if cache.batch != tokens.shape[0]:
         raise InvalidInput(f"tokens of {tokens.shape[0]} sequences for a cache of {cache.batch}.")
-    if (needed := int(cache.lengths.max()) + tokens.shape[1]) > cache.capacity:
+    if not cache.has_room(tokens.shape[1]):
+        needed = int(cache.lengths.max()) + tokens.shape[1]
         raise InvalidInput(f"{needed} rows in a cache with room for {cache.capacity}.", hint="Call cache.grow().")
