@@ -21,6 +21,7 @@ from skipstone.certify import candidates, refuse_model, within
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.cost import cost, evaluate, example_sizes, kv_bytes_per_token
+from skipstone.ir.dialect import GATE
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.printer import readable
 from skipstone.ir.program import Program, Record
@@ -31,6 +32,7 @@ from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.layer_parallel import LayerParallel
+from skipstone.passes.predicate_ffn import PredicateFFN
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
@@ -42,7 +44,10 @@ from skipstone.runtime.session import ProgramSession, Session
 BEHIND_CACHE = (SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
 """Entries of a plan that work on programs with a cache."""
 
-Target = Literal["auto", "eager", "onnxruntime"]
+_DEVICES = {"onnxruntime": "cpu", "triton": "cuda"}
+"""The device that each target is for; the first of a device is what ``"auto"`` takes there."""
+
+Target = Literal["auto", "eager", "onnxruntime", "triton"]
 
 
 def optimize(
@@ -71,7 +76,8 @@ def optimize(
             masks get some with `skipstone.mask_tokens`.
         budget: what the plan may cost, proved on data that it was not chosen on. Without a plan, the sublayers to skip
             are searched for. Where nothing is proved to keep it, or nothing gets faster, the model is unchanged.
-        target: ``"onnxruntime"`` (what ``"auto"`` takes on a CPU) or ``"eager"``, the reference interpreter.
+        target: ``"onnxruntime"`` (what ``"auto"`` takes on a CPU), ``"triton"`` (on a CUDA device) or ``"eager"``, the
+            reference interpreter.
         example_inputs: named example tensors; needed unless the model is a Hugging Face model over tokens.
         dynamic_shapes: for plain modules, the dynamic axes of each input (default: the first two).
         max_length: longest sequence to make room for.
@@ -220,6 +226,8 @@ def rewrite(
     for entry in plan:
         if isinstance(entry, BEHIND_CACHE):
             program = run_pass(entry, program, strict)
+    if target == "triton" and any(True for _ in program.nodes(GATE)):
+        program = run_pass(PredicateFFN(), program, strict)
     return run_pass(Cleanup(), program, strict), refusal
 
 
@@ -319,15 +327,17 @@ def conversions(before: Program, after: Program) -> tuple[Conversion, ...]:
 
 
 def _resolve(target: str, model: nn.Module) -> Any:
-    if target not in ("auto", "eager", "onnxruntime"):
-        raise UserError(f"unknown target {target!r}.", hint="Targets are 'auto', 'onnxruntime' and 'eager'.")
+    if target not in ("auto", *_DEVICES, "eager"):
+        known = ", ".join(repr(each) for each in _DEVICES)
+        raise UserError(f"unknown target {target!r}.", hint=f"Targets are 'auto', {known} and 'eager'.")
     device = next((p.device.type for p in model.parameters()), "cpu")
     if target == "auto":
-        if device != "cpu":
-            raise Unsupported(f"a target for {device}", hint="Move the model to the CPU, or use target='eager'.")
-        return "onnxruntime"
-    if target == "onnxruntime" and device != "cpu":
-        raise Unsupported(f"the onnxruntime target for a model on {device}", hint="Move the model to the CPU first.")
+        for name, own in _DEVICES.items():
+            if device == own:
+                return name
+        raise Unsupported(f"a target for {device}", hint="Move the model to the CPU, or use target='eager'.")
+    if device != _DEVICES.get(target, device):
+        raise Unsupported(f"the {target} target for a model on {device}", hint=f"Move it to {_DEVICES[target]} first.")
     return target
 
 
@@ -373,6 +383,10 @@ def _session(program: Program, target: str, threads: int | None) -> ProgramSessi
         from skipstone.runtime.eager import EagerSession
 
         return EagerSession(program)
+    if target == "triton":
+        from skipstone.runtime.triton.session import TritonSession
+
+        return TritonSession(program)
     from skipstone.runtime.onnx.session import OnnxSession
 
     return OnnxSession(program, threads)

@@ -1,0 +1,95 @@
+"""Cache buffers that are used again, so that the decode steps which were captured over them are, too."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipstone.runtime.cache import CacheBuffer, KVCache
+
+STEP = 256
+"""New caches have a multiple of so many rows, so that their buffers fit the next one more often than not."""
+
+IDLE = 2
+"""How many sets of buffers are kept that no cache uses."""
+
+
+@dataclass
+class Storage:
+    """The buffers of a cache, by name, and the decode steps over them by the session that captured each."""
+
+    batch: int
+    capacity: int
+    buffers: Mapping[str, Tensor]
+    steps: dict[Any, Any] = field(default_factory=dict)
+
+
+class Lease:
+    """A storage, for as long as some cache refers to the lease."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def covers(self, cache: KVCache) -> bool:
+        """Whether the buffers of a cache are those of the storage, or some of them."""
+        return all(self.storage.buffers.get(name) is tensor for name, tensor in cache.buffers.items())
+
+
+class Pool:
+    """Storages of one layout. Those that no cache uses any longer are leased again."""
+
+    def __init__(self, layout: Sequence[CacheBuffer], device: torch.device) -> None:
+        self.layout, self.device = tuple(layout), device
+        self._idle: list[Storage] = []
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` sequences of at least `capacity` tokens.
+
+        Raises:
+            InvalidInput: see `KVCache.allocate`.
+        """
+        capacity = -(-capacity // STEP) * STEP
+        storage = self._take(batch, capacity)
+        if storage is None:
+            cache = KVCache.allocate(self.layout, batch, capacity, self.device)
+            storage = Storage(batch, capacity, dict(cache.buffers))
+        else:
+            for buffer in storage.buffers.values():
+                buffer.zero_()
+            lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            cache = KVCache(self.layout, dict(storage.buffers), lengths, capacity)
+        cache.lease = self._lease(storage)
+        return cache
+
+    def settle(self, cache: KVCache) -> Storage:
+        """The storage of a cache. One that has new buffers, since it grew, moves to an idle storage or becomes one."""
+        lease = cache.lease
+        if not isinstance(lease, Lease) or not lease.covers(cache):
+            storage = self._take(cache.batch, cache.capacity)
+            if storage is None:
+                storage = Storage(cache.batch, cache.capacity, dict(cache.buffers))
+            else:
+                for name, tensor in cache.buffers.items():
+                    storage.buffers[name].copy_(tensor)
+                cache.buffers = dict(storage.buffers)
+            cache.lease = lease = self._lease(storage)
+        return lease.storage
+
+    def _take(self, batch: int, capacity: int) -> Storage | None:
+        for place, storage in enumerate(self._idle):
+            if (storage.batch, storage.capacity) == (batch, capacity):
+                return self._idle.pop(place)
+        return None
+
+    def _lease(self, storage: Storage) -> Lease:
+        lease = Lease(storage)
+        weakref.finalize(lease, self._give_back, storage).atexit = False
+        return lease
+
+    def _give_back(self, storage: Storage) -> None:
+        self._idle = [*self._idle, storage][-IDLE:]

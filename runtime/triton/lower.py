@@ -1,0 +1,161 @@
+"""From a program to a graph that Inductor compiles: caches are written in place, small operators become plain ones.
+
+Functional caches would be copied whole at each step, since Inductor does not elide those copies (457 ms a step against
+0.6 ms, for four caches of 128 MB). So each cached attention becomes its mutating twin over the same buffers, and the
+new buffers leave the outputs. Attention through a cache and predicated linear layers stay operators of the dialect,
+which have Triton kernels on CUDA devices; the others become their references, so that Inductor sees into them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from skipstone.ir.dialect import (
+    ATTENTION,
+    CACHED_ATTENTION,
+    CACHED_OPS,
+    EXPERTS,
+    GATE,
+    PROMPT_MEAN,
+    PROMPT_TURN,
+    SKIP_PREDICATE,
+    attention_reference,
+    cache_operands,
+)
+from skipstone.ir.errors import InternalError, Unsupported
+from skipstone.ir.gates import cosine, decoding
+from skipstone.ir.program import Program, module_path
+from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
+from skipstone.ir.quantized import quantized_cached_attention_
+from skipstone.runtime.triton.experts import gathered_experts
+
+aten = torch.ops.aten
+
+TWIN = torch.ops.skipstone.quantized_cached_attention_.default
+
+
+def lower(program: Program) -> Program:
+    """The program over caches that it writes in place; it is no longer functional, and for running only.
+
+    Args:
+        program: left as it is; the result shares its tensors.
+    Raises:
+        Unsupported: an attention that the Triton kernels do not have.
+    """
+    program = program.copy()
+    program.remove_outputs([node for node in _returned(program) if _is_buffer(node)])
+    for node in list(program.nodes(*CACHED_OPS)):
+        _write_in_place(program, node)
+    for node in program.nodes(*_PLAIN):
+        node.target = _PLAIN[node.target]
+    program.graph.lint()
+    return program
+
+
+def decode_graph(program: Program) -> fx.Graph:
+    """The graph of a lowered program for steps of a single token: it never waits for the device."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    for node in graph.nodes:
+        if node.target is EXPERTS:
+            node.target = gathered_experts
+        elif node.target is aten.linear.default and node.args[2:] not in ((), (None,)):
+            node.target = _linear
+    return graph
+
+
+def check_kernels(program: Program) -> None:
+    """Refuse what the CUDA kernels of a lowered program's operators would refuse, before anything is compiled.
+
+    Raises:
+        Unsupported: see `skipstone.kernels.call.Call.check`.
+    """
+    # Not at the top: a CPU build of torch brings no Triton. The imports register the kernels with the operators.
+    import skipstone.kernels.predicated_linear
+    import skipstone.kernels.quantized_cached_attention  # noqa: F401
+    from skipstone.kernels.call import Call
+
+    fields = Call.__dataclass_fields__.keys()
+    for node in program.nodes(TWIN):
+        values: tuple[Any, ...] = fx.map_arg(node.args, lambda each: each.meta["val"])  # type: ignore[assignment]
+        names = [argument.name for argument in TWIN._schema.arguments]
+        operands = dict(zip(names, values, strict=False)) | node.kwargs
+        try:
+            Call(**{name: value for name, value in operands.items() if name in fields}).check()
+        except Unsupported as reason:
+            raise Unsupported(reason.feature, where=module_path(node), hint=reason.hint) from reason
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A bias by itself: as a sum of its own it joins what follows, and keeps no product from Inductor's own kernels."""
+    return F.linear(x, weight) + bias
+
+
+def _returned(program: Program) -> list[fx.Node]:
+    return list(program.output_node().args[0])  # type: ignore[arg-type]
+
+
+def _is_buffer(node: fx.Node) -> bool:
+    """Whether a value is a cache buffer after a step."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target in CACHED_OPS and node.args[1] != 0  # type: ignore[operator, return-value]
+
+
+def _write_in_place(program: Program, node: fx.Node) -> None:
+    """Put the mutating twin in the place of a cached attention."""
+    keys, values = cache_operands(node)
+    for buffer in (*keys, *values):
+        if list(buffer.users) != [node]:
+            raise InternalError(f"the cache buffer {buffer.name} is read beside its attention {node.name}")
+    if node.target == CACHED_ATTENTION:
+        q, k, v, _, _, start, bias, sinks, key_bias, frequencies = (*node.args, *[None] * 4)[:10]
+        if bias is not None:
+            raise Unsupported("a bias of the logits through a KV cache on this target", where=module_path(node))
+        args: tuple[Any, ...] = (q, k, v, keys, values, start, None, None, None, sinks, key_bias, frequencies)
+        options: dict[str, Any] = {"k_format": "full", "v_format": "full", **node.kwargs}
+    else:
+        args, options = node.args, dict(node.kwargs)
+    with program.graph.inserting_before(node):
+        out = program.call(TWIN, *args, **options)
+    out.meta = {**node.meta, "val": out.meta["val"]}
+    for user in list(node.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(out)
+        elif user.users:
+            raise InternalError(f"{user.name}, a cache buffer after a step, is read inside the program")
+        program.graph.erase_node(user)
+    program.graph.erase_node(node)
+
+
+def _skip_predicate(
+    before: Tensor,
+    after: Tensor,
+    start: Tensor,
+    decode_start: Tensor,
+    met: Tensor | None = None,
+    *,
+    threshold: float,
+    warmup_tokens: int,
+) -> Tensor:
+    reached = decoding(before.shape[1], start, decode_start, warmup_tokens) & (cosine(before, after) >= threshold)
+    return reached if met is None else met | reached
+
+
+def _gate(x: Tensor, skip: Tensor) -> Tensor:
+    return x.masked_fill(skip.unsqueeze(-1), 0)
+
+
+_PLAIN: Mapping[Any, Callable[..., Any]] = {
+    ATTENTION: attention_reference,
+    SKIP_PREDICATE: _skip_predicate,
+    GATE: _gate,
+    PROMPT_TURN: prompt_turn_reference,
+    PROMPT_MEAN: prompt_mean_reference,
+}
+assert quantized_cached_attention_  # registers the twin

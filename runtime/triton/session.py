@@ -1,0 +1,79 @@
+"""Running a lowered program: compiled by Inductor, and a token at a time as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from skipstone.ir.program import Program, Role
+from skipstone.runtime.cache import KVCache
+from skipstone.runtime.session import ProgramSession, cache_layout, written_buffers
+from skipstone.runtime.triton.cache import Pool
+from skipstone.runtime.triton.compiled import CompiledGraph
+from skipstone.runtime.triton.lower import check_kernels, decode_graph, lower
+from skipstone.runtime.triton.steps import StaticStep
+
+DECODE = {"coordinate_descent_tuning": True}
+"""Options of Inductor for steps of one token. With it, products of a matrix and a single vector become sums, into which
+what stands around them is fused, and whose tiles are tuned until they are as fast as memory."""
+
+
+class TritonSession(ProgramSession):
+    """Runs a program through Inductor; see `skipstone.runtime.session.Session`.
+
+    A program is compiled when it is first run: for prompts, whatever their lengths, and for single tokens, once for
+    each size of a batch. Steps of single tokens are CUDA graphs over the buffers of their cache. On a CPU everything is
+    the same but the graphs: Inductor makes C++, and the dialect's operators run as their references.
+
+    Args:
+        program: on a CUDA device, or on the CPU.
+    Raises:
+        Unsupported: see `skipstone.runtime.triton.lower`.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.layout = cache_layout(program)
+        self._written = written_buffers(program)
+        lowered = lower(program)
+        self._memory = None
+        if program.source.device.type == "cuda":
+            check_kernels(lowered)
+            self._memory = torch.cuda.graph_pool_handle()
+        self._outputs = [port.name for port in lowered.outputs]
+        self._columns = [port.name for port in program.inputs if port.role in (Role.TOKENS, Role.LOGIT_ROWS)]
+        tensors = lowered.tensors()
+        self._whole = CompiledGraph(lowered.graph, tensors)
+        self._single = CompiledGraph(decode_graph(lowered), tensors, DECODE, is_batch_fixed=True)
+        self._pool = Pool(self.layout, program.source.device)
+
+    @torch.no_grad()
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Session.run`."""
+        buffers = {name: values[name].clone() for name in self._written.values()}
+        results = self._run(self._whole, {**values, **buffers})
+        written = {name: buffers[buffer] for name, buffer in self._written.items()}
+        return dict(zip(self._outputs, results, strict=True)) | written
+
+    @torch.no_grad()
+    def step_outputs(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """See `ProgramSession.step_outputs`."""
+        if all(values[name].shape[1] == 1 for name in self._columns):
+            storage = self._pool.settle(cache)
+            if self not in storage.steps:
+                step = lambda everything: self._run(self._single, everything)  # noqa: E731
+                storage.steps[self] = StaticStep(step, values, cache.buffers, self._memory)
+            results = storage.steps[self](values)
+        else:
+            results = self._run(self._whole, {**values, **cache.buffers})
+        by_name = dict(zip(self._outputs, results, strict=True))
+        return tuple(by_name[name] for name in names)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """See `Session.new_cache`."""
+        return self._pool.new_cache(batch, capacity)
+
+    def _run(self, graph: CompiledGraph, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return graph([values[port.name] for port in self.program.inputs])
