@@ -156,6 +156,9 @@ class LayerParallelLoss:
         if missing:
             hint = "Give the layers of the model that runs. A model that is compiled as a whole does not run them."
             raise InvalidInput(f"layer {missing[0]} did not run while recorded.", hint=hint)
+        tokens = recorded.calls[self._read[0]].before.shape[:-1]
+        if valid is not None and (valid.dtype != torch.bool or valid.shape != tokens):
+            raise InvalidInput(f"valid is {valid.dtype} {list(valid.shape)}, expected bool {list(tokens)}.")
         for segment in self.segments:
             calls = recorded.segment(segment)
             _refuse_gaps(calls)
@@ -167,10 +170,11 @@ class LayerParallelLoss:
 
     def _part(self, segment: Segment, calls: Sequence[_Call], valid: Tensor | None) -> Tensor:
         """The loss of one segment."""
+        numbers = _compared(segment, self.stride)
+        errors = [torch.zeros((), device=calls[0].before.device)]
         scales = [self._scale(segment, index) for index in range(segment.start, segment.stop)]
-        trace = _newton(calls, scales, segment.iterations, self.checkpoint)
-        errors = []
-        for number in _compared(len(calls), self.stride):
+        trace = _newton(calls, scales, segment.iterations, self.checkpoint) if numbers else []
+        for number in numbers:
             guess, exact = trace[number - 1], _wide(calls[number - 1].after)
             if self.detach:
                 exact = exact.detach()
@@ -199,12 +203,12 @@ class LayerParallelLoss:
 
 def _newton(calls: Sequence[_Call], scales: Sequence[float | Tensor], iterations: int, recompute: bool) -> list[Tensor]:
     """The states behind each layer after all iterations, see `skipstone.passes.layer_parallel`; float32 or wider."""
-    start = calls[0].before
-    before = [_wide(start)] * (len(calls) + 1)
+    before = [_wide(calls[0].before)] * (len(calls) + 1)
     for iteration in range(iterations):
         after = list(before)  # the first `iteration` states are final
         for number in range(iteration, len(calls)):
-            call, state = calls[number], before[number].to(start.dtype)
+            call = calls[number]
+            state = before[number].to(call.before.dtype)
             if recompute:
                 result = checkpointed(call, state, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -216,9 +220,11 @@ def _newton(calls: Sequence[_Call], scales: Sequence[float | Tensor], iterations
     return before[1:]
 
 
-def _compared(layers: int, stride: int) -> list[int]:
-    """The states that are compared, numbered from 1: every `stride`-th and the last."""
-    return [*(range(stride, layers, stride) if stride else ()), layers]
+def _compared(segment: Segment, stride: int) -> list[int]:
+    """The states that are compared, numbered from 1: every `stride`-th and the last, without those that are exact."""
+    layers = segment.stop - segment.start
+    numbers = [*(range(stride, layers, stride) if stride else ()), layers]
+    return [number for number in numbers if number > segment.iterations]
 
 
 def _wide(state: Tensor) -> Tensor:
@@ -311,7 +317,7 @@ def _refuse_gaps(calls: Sequence[_Call]) -> None:
         Unsupported: there is such a place.
     """
     for first, second in pairwise(calls):
-        # A wrapper (FSDP) may hand on another view of the same memory.
+        # Wrappers may hand on another view of the same memory.
         if first.after is not second.before and first.after.data_ptr() != second.before.data_ptr():
             hint = "Give modules whose state is changed by nothing else, such as a module around both."
             raise Unsupported(f"a state that is changed between {first.where} and {second.where}", hint=hint)
@@ -353,11 +359,10 @@ def _prove_skip_path(call: _Call, scale: float | Tensor) -> None:
     error = _distance(change, scale * _wide(call.before))
     if not error <= _tolerance(call.after.dtype):
         hint = (
-            "Give 'scales' where layers scale their state. Where branches read no norm of it, this cannot be told: say "
-            "so with Segment(surrogate='identity'). A layer that ends in a norm (post-norm) cannot run in parallel."
+            "Give 'scales' where layers scale their state. Where branches read no norm of it, no path can be told: "
+            "take the surrogate 'identity' if it is one. Layers that end in a norm cannot run in parallel."
         )
-        said = "1" if isinstance(scale, float) and scale == 1 else "what 'scales' says"
-        raise Unsupported(f"a linear skip path other than {said} ({error:.1e} off)", where=call.where, hint=hint)
+        raise Unsupported(f"a layer with another linear skip path ({error:.1e} off)", where=call.where, hint=hint)
 
 
 def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
