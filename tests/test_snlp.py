@@ -436,11 +436,11 @@ def test_padding_is_masked_as_in_the_model() -> None:
 
 @pytest.mark.parametrize("place", ["inside", "outside", "in another"])
 def test_autocast_of_the_pass_is_that_of_the_loss(place: str) -> None:
-    """What autocast casts to prove the layers, without gradients, is not taken for what has gradients."""
+    """The first pass, in which layers are proven without gradients, has the gradients of the second."""
     model, ids = hugging_face("llama").float(), example_ids()
     regularizer = LayerParallelLoss(layers_of(model), [Segment(1, 4)])
     found = []
-    for _ in range(2):  # layers are proven in the first pass
+    for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             with regularizer.record():
                 model(input_ids=ids, use_cache=False)

@@ -162,8 +162,7 @@ class LayerParallelLoss:
         for segment in self.segments:
             calls = recorded.segment(segment)
             _refuse_gaps(calls)
-            # What autocast casts here, without gradients, must not be taken for the evaluations that need them.
-            with torch.no_grad(), recorded.autocast(cache_enabled=False):
+            with torch.no_grad(), recorded.autocast():
                 self._prove(segment, calls)
         with recorded.autocast():
             return torch.stack([self._part(each, recorded.segment(each), valid) for each in self.segments]).sum()
