@@ -13,7 +13,7 @@ neither may S as a number. An operator that is not known here is an offender.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from skipstone.ir.dialect import ATTENTION, EXPERTS, Kind
+from skipstone.ir.einsum import summed
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
 
@@ -201,6 +202,8 @@ class _Analysis:
             return self._judge_contraction(node, [(node.args[0], -1), (node.args[1], -1)])
         if target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
             return self._judge_contraction(node, [(node.args[0], -1), (node.args[1], -2)])
+        if target is aten.einsum.default:
+            return self._judge_contraction(node, summed(node))
         if target is aten.addmm.default:
             return self._judge_contraction(node, [(node.args[1], -1), (node.args[2], -2)])
         if target in (aten.layer_norm.default, aten.rms_norm.default):
@@ -292,7 +295,7 @@ class _Analysis:
                 return f"{_name(node)} meets the sequence in two different dimensions"
         return ""
 
-    def _judge_contraction(self, node: fx.Node, contracted: list[tuple[Any, int]]) -> str:
+    def _judge_contraction(self, node: fx.Node, contracted: Sequence[tuple[Any, int]]) -> str:
         for operand, axis in contracted:
             ndim = operand.meta["val"].ndim
             if (axis % ndim if ndim > 1 else 0) in self._axes(operand):

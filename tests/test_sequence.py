@@ -59,6 +59,12 @@ MIXING = {
     "rows merged in two orders": (
         lambda m, x, p: (x.flatten(0, 1) + x.transpose(0, 1).flatten(0, 1)).reshape(x.shape), "two different orders",
     ),
+    "einsum over the sequence": (lambda m, x, p: x + torch.einsum("bsd->bd", x).unsqueeze(1), "sums over the sequence"),
+    "einsum over what has no name": (
+        lambda m, x, p: x + torch.einsum("...d,...d->d", x, x), "sums over the sequence",
+    ),
+    "einsum over the batch": (lambda m, x, p: x + torch.einsum("bsd->sd", x), "sequences of a batch meet"),
+    "einsum of pairs": (lambda m, x, p: torch.einsum("bid,bjd", x, x) @ x, "pairs every token"),
     "last token": (lambda m, x, p: x + x[:, -1:], "takes a part|works along|meets"),
 }  # fmt: skip
 
@@ -78,6 +84,8 @@ SOUND = {
     ),
     "rows copied and taken apart again": lambda m, x, p: copies(x, 0),
     "rows merged with the batch": lambda m, x, p: x.flatten(0, 1).softmax(-1).reshape(x.shape),
+    "einsum over features": lambda m, x, p: torch.einsum("...d, ed -> ...e", x, m.table.weight[:8]),
+    "einsum without its result": lambda m, x, p: torch.einsum("bsd,ed", x, m.table.weight[:8]).transpose(1, 2),
 }
 
 
