@@ -354,8 +354,9 @@ GPU_PLANS = ("plain", "quantized", "adaptive")
 @pytest.mark.parametrize("plan", GPU_PLANS)
 def test_graphs_give_what_the_eager_target_gives(plan: str) -> None:
     ours, eager = on_device(plan, torch.float32)
+    tolerance = 2e-2 if plan == "quantized" else 2e-3  # a code of 8 bits may differ by one
     for length in (7, 40):
-        assert_same_steps(ours, eager, batch=2, length=length, tolerance=2e-3)
+        assert_same_steps(ours, eager, batch=2, length=length, tolerance=tolerance)
 
 
 @pytest.mark.gpu

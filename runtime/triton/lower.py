@@ -65,7 +65,7 @@ def decode_graph(program: Program) -> fx.Graph:
     for node in graph.nodes:
         if node.target is EXPERTS:
             node.target = gathered_experts
-        elif node.target is aten.linear.default and node.args[2:] not in ((), (None,)):
+        elif node.target is aten.linear.default:
             node.target = _linear
     return graph
 
@@ -92,9 +92,14 @@ def check_kernels(program: Program) -> None:
             raise Unsupported(reason.feature, where=module_path(node), hint=reason.hint) from reason
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A bias by itself: as a sum of its own it joins what follows, and keeps no product from Inductor's own kernels."""
-    return F.linear(x, weight) + bias
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer. Of a single row it is a sum, which Inductor fuses with what stands around it into one kernel."""
+    if x.shape[:-1].numel() == 1:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        result = (x.reshape(-1).to(exact) * weight.to(exact)).sum(dim=-1)
+        result = result if bias is None else result + bias.to(exact)
+        return result.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
 
 
 def _returned(program: Program) -> list[fx.Node]:

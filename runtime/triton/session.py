@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from skipstone.runtime.triton.compiled import CompiledGraph
 from skipstone.runtime.triton.lower import check_kernels, decode_graph, lower
 from skipstone.runtime.triton.steps import StaticStep
 
-DECODE = {"coordinate_descent_tuning": True}
-"""Options of Inductor for steps of one token. With it, products of a matrix and a single vector become sums, into which
-what stands around them is fused, and whose tiles are tuned until they are as fast as memory."""
+DECODE: Mapping[str, Any] = {"combo_kernels": True}
+"""Options of Inductor for steps of one token: kernels that could run at the same time become one. Each is so short that
+to begin it counts."""
 
 
 class TritonSession(ProgramSession):

@@ -34,7 +34,8 @@ class StaticStep:
         if next(iter(buffers.values())).is_cuda:
             _on_another_stream(self._run)  # compiles; to write the same rows again changes nothing
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=memory):
+            # Other threads may go on with what they do on the device.
+            with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
                 self._outputs = self._run()
 
     def __call__(self, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
