@@ -37,33 +37,48 @@ class Region:
         """The stream's value behind."""
         return self.nodes[-1]
 
+    @property
+    def reshaped(self) -> tuple[fx.Node, ...]:
+        """The operators that only give the value before another shape, in graph order."""
+        found = {self.entry: None}
+        for node in self.nodes:
+            if node.target in RESHAPES and node.args[0] in found:
+                found[node] = None
+        return tuple(found)[1:]
 
-def cut(program: Program, groups: Sequence[Sequence[Sublayer]], entry: fx.Node) -> tuple[Region, ...]:
+
+def cut(
+    program: Program, groups: Sequence[Sequence[Sublayer]], entry: fx.Node, at_iterate: bool = False
+) -> tuple[Region, ...]:
     """Consecutive regions, each from where the one before it ends.
 
     Args:
         groups: the sublayers of each region, in the order of the stream.
         entry: the stream's value before the first.
+        at_iterate: whether the linear way through a region may depend on the stream.
     Raises:
         Unsupported: a region is no function of the value before it (see `_prove_apart`), draws random numbers, changes
             the shape of the stream, or has no linear way through it.
     """
     regions = []
     for group in groups:
-        nodes = _between(entry, behind(group[-1].add))
-        regions.append(Region(tuple(group), entry, nodes, skip_path(entry, nodes)))
+        nodes = _between(entry, behind(group[-1].add, entry))
+        _prove_alike(entry, nodes)
+        regions.append(Region(tuple(group), entry, nodes, skip_path(entry, nodes, at_iterate)))
         entry = nodes[-1]
-    for region in regions:
-        _prove_alike(region)
     _prove_apart(program, regions)
     return tuple(regions)
 
 
-def behind(add: fx.Node) -> fx.Node:
-    """The stream's value behind a sublayer: its addition, in the shape in which it is read (OPT flattens it)."""
-    while len(add.users) == 1 and (user := next(iter(add.users))).target in RESHAPES:
-        add = user
-    return add
+def behind(add: fx.Node, entry: fx.Node) -> fx.Node:
+    """The stream's value behind a sublayer: its addition, in the shape of a value before it (OPT flattens it)."""
+    shape, value = list(map(str, entry.meta["val"].shape)), add
+    while list(map(str, value.meta["val"].shape)) != shape:
+        readers = list(value.users)
+        if len(readers) != 1 or readers[0].target not in RESHAPES:
+            return add
+        (value,) = readers
+    return value
 
 
 def _between(entry: fx.Node, exit: fx.Node) -> tuple[fx.Node, ...]:
@@ -83,23 +98,23 @@ def _between(entry: fx.Node, exit: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(node for node in order[1:] if node in leading)
 
 
-def _prove_alike(region: Region) -> None:
+def _prove_alike(entry: fx.Node, nodes: Sequence[fx.Node]) -> None:
     """Check that a region does not draw random numbers and leaves the stream's shape as it is."""
-    for node in region.nodes:
+    for node in nodes:
         drops = node.target is aten.dropout.default and node.args[2]
         if drops or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             hint = "Put the model into evaluation mode."
             raise Unsupported(f"layer_parallel with randomness ({node.name})", where=_place(node), hint=hint)
-    before, after = (node.meta["val"].shape for node in (region.entry, region.exit))
+    before, after = (node.meta["val"].shape for node in (entry, nodes[-1]))
     if before != after:
         shapes = f"{list(before)} to {list(after)}"
-        raise Unsupported(f"layer_parallel of a layer that changes the shape {shapes}", where=_place(region.exit))
+        raise Unsupported(f"layer_parallel of a layer that changes the shape {shapes}", where=_place(nodes[-1]))
 
 
 def _prove_apart(program: Program, regions: Sequence[Region]) -> None:
     """Check that nothing but the stream leads from one region into another, or from inside a region anywhere.
 
-    Values of the stream between two regions may be read from outside.
+    Values of the stream between two regions may be read from outside, in any shape.
 
     Raises:
         Unsupported: there is such an edge (shared keys and values, value residuals, attention over depth).
@@ -120,7 +135,7 @@ def _prove_apart(program: Program, regions: Sequence[Region]) -> None:
                     where=_place(node), hint=hint,
                 )  # fmt: skip
         others = [user for user in node.users if owner.get(user) != owner[node]]
-        if others and node is not region.exit:
+        if others and node is not region.exit and node not in region.reshaped:
             raise Unsupported(
                 f"layer_parallel: {others[0].name} reads {node.name} from inside a layer", where=_place(node), hint=hint
             )

@@ -2,40 +2,38 @@
 
 A sublayer is ``stream' = skip(stream) + branch(stream)``. Everything that reaches the output passes through each value
 of the stream, so the stream's additions are exactly the additions that dominate the output and of which one operand
-dominates the others. Dominators are those of the activation graph: what depends on the tokens (or embeddings).
+dominates the others, or is a multiple of what does. In hyper-connections that multiple is a matrix over several
+streams: the branch reads a mixture of them, and its result is spread over them. Dominators are those of the activation
+graph: what depends on the tokens (or embeddings).
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import takewhile
-from typing import Any
 
-import networkx as nx
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, GATE, PREDICATED_LINEAR
+from skipstone.ir.activations import Activations, behind_casts, lookups
+from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, PREDICATED_LINEAR
 from skipstone.ir.errors import Unsupported
-from skipstone.ir.program import Program, Role, module_path
-from skipstone.ir.surrogate import COPIES, RESHAPES, SCALINGS, SUMS
+from skipstone.ir.program import Program, module_path
+from skipstone.ir.surrogate import COPIES, PRODUCTS, RESHAPES, SCALINGS, SUMS, Coefficient, SkipPath, linear_way
 
 aten = torch.ops.aten
 
 _ADDS = (aten.add.Tensor, operator.add)
-_CASTS = (
-    aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.dropout.default, aten.contiguous.default,
-    aten.alias.default,
-)  # fmt: skip
 _PRODUCTS = (
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
     aten.baddbmm.default, aten.conv1d.default, aten.convolution.default, aten.einsum.default, EXPERTS,
     PREDICATED_LINEAR,
 )  # fmt: skip
-_NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.rsqrt.default)
+_SPREADS = (*SCALINGS, *PRODUCTS, *RESHAPES, *COPIES, aten.expand.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 PARALLEL = "parallel"
@@ -52,18 +50,6 @@ class SublayerKind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Skip:
-    """The linear path past a branch: the stream itself, or the stream times `factor` (a number or a graph node)."""
-
-    factor: fx.Node | float = 1.0
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the stream passes unchanged."""
-        return self.factor == 1.0
-
-
-@dataclass(frozen=True)
 class Sublayer:
     """One residual sublayer.
 
@@ -77,7 +63,7 @@ class Sublayer:
         branch: the value that is added.
         nodes: the nodes of the branch that nothing else uses, in graph order.
         parameters: the tensors that those nodes alone read.
-        skip: the linear path past the branch.
+        skip: the linear path past the branch; without the branch, it is what leads from `stream` to the next sublayer.
         post_norm: whether the sum is normalised before the next sublayer reads it.
         parallel: whether it shares its stream value with another sublayer (GPT-J, NeoX, Phi).
     """
@@ -91,7 +77,7 @@ class Sublayer:
     branch: fx.Node
     nodes: tuple[fx.Node, ...]
     parameters: tuple[str, ...]
-    skip: Skip
+    skip: SkipPath
     post_norm: bool
     parallel: bool
 
@@ -126,8 +112,12 @@ def find_stream(program: Program) -> ResidualStream:
     Raises:
         Unsupported: the program has none.
     """
-    finder = _Finder(program)
-    found = [site for node in finder.spine for site in finder.sites(node)]
+    # What else is made of the tokens (embeddings that layers add to values, experts chosen by token) reaches the output
+    # beside the stream: of all values that are looked up, the stream begins with the one that leads furthest.
+    starts: Sequence[fx.Node | None] = lookups(program) or [None]
+    finders = [_Finder(program, start) for start in starts]
+    finder = max(finders, key=lambda each: len(each.found(each.spine)))
+    found = finder.found(finder.spine)
     if not found and any(PARALLEL in node.meta for node in program.nodes()):
         raise Unsupported("the residual stream of a program whose layers all run at the same time")
     if not found:
@@ -145,94 +135,35 @@ def find_stream(program: Program) -> ResidualStream:
     return ResidualStream(tuple(sublayers), entry, sublayers[-1].add)
 
 
-class _Finder:
-    """The activation graph of a program, with its dominators."""
+class _Finder(Activations):
+    """Finds the sublayers of a program."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.order = {node: position for position, node in enumerate(program.graph.nodes)}
-        root = self._root()
-        self.graph: nx.DiGraph = nx.DiGraph()
-        self.graph.add_node(root)
-        self.parts: dict[fx.Node, frozenset[fx.Node]] = {root: frozenset([root])}
-        """The values that a value is a sum of multiples of, whatever their shape; itself among them."""
-        self.returns: dict[fx.Node, fx.Node] = {}
-        """Sums that take up an earlier value of the stream once more (nanochat: the first, and one from the middle)."""
-        for node in program.nodes():
-            if isinstance(node.meta.get("val"), torch.SymInt | int | float):
-                continue
-            for operand in self._passed(node):
-                if operand in self.graph:
-                    self.graph.add_edge(operand, node)
-            if node in self.graph:
-                self.parts[node] = frozenset([node]).union(*(self.parts[each] for each in self._summed(node)))
-        self.dominator = nx.immediate_dominators(self.graph, root)
-        self.root = root
+    def __init__(self, program: Program, lookup: fx.Node | None) -> None:
+        super().__init__(program, lookup)
         # Heads may be tapped from the middle: the stream is the one that leads furthest.
         results = [node for node in program.output_node().all_input_nodes if node in self.graph]
-        spines = [self._chain(result)[::-1] for result in results]
-        self.spine = max(spines, key=lambda spine: sum(bool(self.sites(node)) for node in spine), default=[])
+        spines = [self.chain(result)[::-1] for result in results]
+        self.spine = max(spines, key=lambda spine: len(self.found(spine)), default=[])
 
-    def _passed(self, node: fx.Node) -> list[fx.Node]:
-        """The operands through which the stream may pass."""
-        # Which rows skip is decided from earlier values of the stream, which do not pass through what obeys.
-        if node.target in (GATE, PREDICATED_LINEAR):
-            return [node.args[0]]  # type: ignore[list-item]
-        active = [each for each in node.args[:2] if isinstance(each, fx.Node) and each in self.graph]
-        if node.target in SUMS and len(active) == 2:
-            for operand, other in (active, active[::-1]):
-                earlier = self._through(other)[0]
-                if earlier in self.parts[operand]:
-                    self.returns[node] = earlier
-                    return [operand]
-        return node.all_input_nodes
+    def found(self, spine: Iterable[fx.Node]) -> list[tuple[fx.Node, fx.Node, fx.Node, SkipPath, bool]]:
+        """The sublayers that the nodes of a spine write; see `sites`."""
+        return [site for node in spine for site in self.sites(node)]
 
-    def _summed(self, node: fx.Node) -> list[fx.Node]:
-        """The operands that the node's value is a sum of multiples of."""
-        active = [operand for operand in node.all_input_nodes if operand in self.graph]
-        linear = node.target in (*SUMS, *COPIES, *RESHAPES) or (node.target in SCALINGS and len(active) == 1)
-        return active if linear else []
-
-    def _root(self) -> fx.Node:
-        for role in (Role.TOKENS, Role.EMBEDDINGS):
-            node = self.program.input(role)
-            if node is not None:
-                return node
-        floating = [
-            node
-            for node in self.program.graph.nodes
-            if node.op == "placeholder" and node.meta["val"].is_floating_point() and node.users
-        ]
-        if not floating:
-            raise Unsupported("a residual stream in a program without a token, embedding or floating-point input")
-        return floating[0]
-
-    def _chain(self, node: fx.Node) -> list[fx.Node]:
-        """`node`, its immediate dominator, and so on to the root."""
-        chain = [node]
-        while chain[-1] is not self.root:
-            above = self.dominator[chain[-1]]
-            if above is None or above is chain[-1]:
-                break
-            chain.append(above)
-        return chain
-
-    def dominates(self, above: fx.Node, below: fx.Node) -> bool:
-        """Whether every path from the root to `below` passes `above`, another node."""
-        return above is not below and below in self.graph and above in self._chain(below)
-
-    def sites(self, add: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node, Skip, bool]]:
+    def sites(self, add: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node, SkipPath, bool]]:
         """The sublayers that this node of the spine writes: (add, stream, branch, skip, parallel)."""
         if add.target not in _ADDS or len(add.all_input_nodes) != 2 or add in self.returns or PARALLEL in add.meta:
             return []
         leaves = self._leaves(add, add)
         for split in ([*add.args[:2]], leaves) if len(leaves) > 2 else ([*add.args[:2]],):
             for candidate in split:
-                sources = [_behind_casts(leaf) for leaf in split if leaf is not candidate]
-                stream, skip = _behind_casts(candidate), Skip()
+                sources = [behind_casts(leaf) for leaf in split if leaf is not candidate]
+                stream = behind_casts(candidate)
                 if not all(self.dominates(stream, source) for source in sources):
-                    stream, skip = self._through(candidate)  # type: ignore[arg-type]
+                    stream = behind_casts(self.dominator[add])
                 if stream is self.root or not all(self.dominates(stream, source) for source in sources):
+                    continue
+                skip = self._skip(stream, candidate)  # type: ignore[arg-type]
+                if skip is None:
                     continue
                 sources = self._split(stream, sources)
                 if not all(self._computes(stream, source) for source in sources):
@@ -240,46 +171,34 @@ class _Finder:
                 return [(add, stream, source, skip, len(sources) > 1) for source in sources]
         return []
 
+    def _skip(self, stream: fx.Node, value: fx.Node) -> SkipPath | None:
+        """How a value is a multiple of the stream, if it is that and nothing else."""
+        path = linear_way(stream, self.between(stream, value))
+        if path is None or path.coefficient is Coefficient.UNKNOWN:
+            return None
+        carrying = {stream, *path.nodes}
+        pure = all(carrying.issuperset(node.args[:2]) for node in path.nodes if node.target in SUMS)
+        return path if pure else None
+
     def _split(self, stream: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
         """A single branch that is a sum of attention and something else is two sublayers side by side."""
         if len(sources) != 1:
             return sources
-        leaves = [_behind_casts(leaf) for leaf in self._leaves(sources[0], sources[0])]
-        attending = [self._attends(self._between(stream, leaf)) for leaf in leaves]
+        leaves = [behind_casts(leaf) for leaf in self._leaves(sources[0], sources[0])]
+        attending = [self._attends(self.between(stream, leaf)) for leaf in leaves]
         return leaves if len(leaves) == 2 and sum(attending) == 1 else sources
 
     def _leaves(self, node: fx.Node, top: fx.Node) -> list[fx.Node]:
         """The operands of a tree of additions, in order; inner additions are used only by the tree."""
-        inner = _behind_casts(node)
+        inner = behind_casts(node)
         if inner.target not in _ADDS or len(inner.all_input_nodes) != 2 or (node is not top and len(inner.users) > 1):
             return [node]
         if any(not isinstance(operand, fx.Node) or operand not in self.graph for operand in inner.args[:2]):
             return [node]
         return [leaf for operand in inner.args[:2] for leaf in self._leaves(operand, top)]  # type: ignore[arg-type]
 
-    def _through(self, node: fx.Node) -> tuple[fx.Node, Skip]:
-        """Look through casts and multiplications by what is no activation."""
-        node = _behind_casts(node)
-        if node.target is aten.mul.Tensor:
-            active = [operand for operand in node.args[:2] if isinstance(operand, fx.Node) and operand in self.graph]
-            if len(active) == 1:
-                factor = next(operand for operand in node.args[:2] if operand is not active[0])
-                return _behind_casts(active[0]), Skip(factor if isinstance(factor, fx.Node) else float(factor))  # type: ignore
-        return node, Skip()
-
     def _computes(self, stream: fx.Node, branch: fx.Node) -> bool:
-        return any(node.target in _PRODUCTS or node.target in ATTENTION_OPS for node in self._between(stream, branch))
-
-    def _between(self, stream: fx.Node, branch: fx.Node) -> set[fx.Node]:
-        """Activation nodes on paths from the stream value to the branch's result."""
-        pending, found = [branch], set()
-        while pending:
-            node = pending.pop()
-            if node is stream or node in found or not self.dominates(stream, node):
-                continue
-            found.add(node)
-            pending += [operand for operand in node.all_input_nodes if operand in self.graph]
-        return found
+        return any(node.target in _PRODUCTS or node.target in ATTENTION_OPS for node in self.between(stream, branch))
 
     def _attends(self, nodes: Iterable[fx.Node]) -> bool:
         """Whether the nodes hold an attention, recognised or not (a softmax over a symbolic number of keys)."""
@@ -290,36 +209,42 @@ class _Finder:
                 return True
         return False
 
-    def sublayer(self, add: fx.Node, stream: fx.Node, branch: fx.Node, skip: Skip, parallel: bool) -> Sublayer:
-        between = self._between(stream, branch)
-        own = self._exclusive(between, branch)
+    def _inner(self, stream: fx.Node, branch: fx.Node) -> list[fx.Node]:
+        """The nodes of a branch; over several streams, those behind their mixture and before its result is spread."""
+        result = branch
+        while _size(result) >= _size(stream):
+            active = [each for each in result.all_input_nodes if each in self.graph and _width(each) == _width(stream)]
+            if result.target not in _SPREADS or len(active) != 1:
+                return self.between(stream, branch)
+            (result,) = active
+        if not self.dominates(stream, result):
+            return self.between(stream, branch)
+        chain = self.chain(result)
+        mixture = next(each for each in reversed(chain[: chain.index(stream)]) if _size(each) < _size(stream))
+        return self.between(mixture, result)
+
+    def sublayer(self, add: fx.Node, stream: fx.Node, branch: fx.Node, skip: SkipPath, parallel: bool) -> Sublayer:
+        between, inner = self.between(stream, branch), self._inner(stream, branch)
+        own = _exclusive(between)
         kind = SublayerKind.OTHER
-        if self._attends(between):
+        if self._attends(inner):
             kind = SublayerKind.ATTENTION
-        elif any(node.target in _PRODUCTS for node in between):
+        elif any(node.target in _PRODUCTS for node in inner):
             kind = SublayerKind.FFN
         return Sublayer(
             index=-1,
             layer=-1,
             kind=kind,
-            path=_path(own or between, kind),
+            path=_path(own.intersection(inner) or own, kind),
             add=add,
             stream=stream,
             branch=branch,
-            nodes=tuple(sorted(own, key=self.order.__getitem__)),
+            nodes=tuple(each for each in between if each in own),
             parameters=_parameters(own),
             skip=skip,
             post_norm=self._normalised(add),
             parallel=parallel,
         )
-
-    def _exclusive(self, between: set[fx.Node], branch: fx.Node) -> set[fx.Node]:
-        """Those nodes whose every use stays inside the branch."""
-        own = {branch}
-        for node in sorted(between, key=self.order.__getitem__, reverse=True):
-            if all(user in own for user in node.users):
-                own.add(node)
-        return own
 
     def _normalised(self, add: fx.Node) -> bool:
         """Post-norm: between this addition and the next of the spine the stream itself goes through a norm."""
@@ -355,10 +280,27 @@ def original_layer(sublayer: Sublayer) -> int:
     return next(noted, sublayer.layer)
 
 
-def _behind_casts(node: Any) -> Any:
-    while isinstance(node, fx.Node) and node.target in _CASTS:
-        node = node.args[0]
-    return node
+def _exclusive(between: Sequence[fx.Node]) -> set[fx.Node]:
+    """Those nodes of a branch, its result last, whose every use stays inside it."""
+    own = {between[-1]}
+    for node in reversed(between):
+        if own.issuperset(node.users):
+            own.add(node)
+    return own
+
+
+def _size(node: fx.Node) -> float:
+    """How many elements a token has in a value: the product of the fixed sizes."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return math.inf
+    return math.prod(size for size in value.shape if isinstance(size, int))
+
+
+def _width(node: fx.Node) -> int:
+    """The size of a value's last dimension."""
+    value = node.meta["val"]
+    return value.shape[-1] if isinstance(value, torch.Tensor) and value.ndim else 1
 
 
 def _path(nodes: set[fx.Node], kind: SublayerKind) -> str:

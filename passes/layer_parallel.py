@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -24,13 +25,13 @@ from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.program import Program, provenance
 from skipstone.ir.regions import Region, behind, cut
 from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer, original_layers
-from skipstone.ir.surrogate import COPIES, SUMS, SkipPath
+from skipstone.ir.surrogate import COPIES, PRODUCTS, SUMS, Coefficient, SkipPath
 from skipstone.passes.base import Pass, Remark
 
 aten = torch.ops.aten
 
 Unit = Literal["layer", "sublayer", "two_stage"]
-Surrogate = Literal["auto", "identity", "zero"]
+Surrogate = Literal["auto", "at_iterate", "identity", "zero"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -44,8 +45,11 @@ class Segment:
         iterations: Newton steps; as many as there are units is exact.
         unit: what runs at the same time. "layer": whole layers. "sublayer": all attentions and all FFNs. "two_stage":
             all attentions, and behind the sum of their results all FFNs, in one iteration.
-        surrogate: what stands for the Jacobian of a unit. "auto": its linear skip path, as the graph has it.
-            "identity": one, also where the skip path scales. "zero": nothing, which is Jacobi's iteration.
+        surrogate: what stands for the Jacobian of a unit. "auto": its linear skip path, as the graph has it; over the
+            streams of hyper-connections that is a matrix (HCN). "at_iterate": the same where a factor of that path is a
+            function of the stream (a gate, mixing matrices that each token makes for itself); the function's value in
+            the iteration is taken for a constant. "identity": one, also where the skip path scales or mixes. "zero":
+            nothing, which is Jacobi's iteration.
     """
 
     start: int
@@ -159,9 +163,7 @@ class LayerParallel(Pass):
 
     def _remark(self, segment: Segment, stages: Sequence[Sequence[Region]], evaluations: int) -> Remark:
         units = sum(map(len, stages))
-        path = "zero" if segment.surrogate == "zero" else "identity"
-        if segment.surrogate == "auto" and not all(region.skip.is_identity for stage in stages for region in stage):
-            path = "scale"
+        path = _surrogate(segment, [region.skip for stage in stages for region in stage])
         unit = {"layer": "layer", "sublayer": "sublayer", "two_stage": "sublayer in two stages"}[segment.unit]
         why = f"{units} x {unit}, iterations {segment.iterations}, surrogate {path}, {evaluations} evaluations"
         depth = segment.iterations * len(stages)
@@ -171,6 +173,8 @@ class LayerParallel(Pass):
         """Put the iterations of a segment in the place of its layers; the results of all evaluations, dead ones too."""
         first, last = stages[0][0], stages[-1][-1]
         inside = {node for stage in stages for region in stage for node in region.nodes}
+        for region in (region for stage in stages for region in stage):
+            _reshape_apart(program, region, inside)
         late = _readers(first, last, inside)
         evaluated: list[fx.Node] = []
         with provenance(program, self.name, like=last.exit), program.graph.inserting_before(last.exit.next):
@@ -217,13 +221,15 @@ def _stages(program: Program, segment: Segment) -> tuple[tuple[Region, ...], ...
             raise InvalidPlan(problem, hint="End the segment before it, and begin another behind it.")
         groups.append(own)
     before = groups[0][0].index - 1
-    entry = stream.entry if before < 0 else behind(stream.sublayers[before].add)
+    entry = stream.entry if before < 0 else behind(stream.sublayers[before].add, stream.entry)
+    at_iterate = segment.surrogate == "at_iterate"
     if segment.unit == "layer":
-        return (cut(program, groups, entry),)
-    regions = cut(program, [part for group in groups for part in _by_addition(group)], entry)
+        return (cut(program, groups, entry, at_iterate),)
+    regions = cut(program, [part for group in groups for part in _by_addition(group)], entry, at_iterate)
     for region in regions:
         if not region.skip.is_identity:
-            _refuse_unit(segment, region.sublayers[0], "a scaled residual stream")
+            what = "streams that are mixed" if region.skip.kind == "mixing" else "a scaled residual stream"
+            _refuse_unit(segment, region.sublayers[0], what)
     segment.limit(len(regions), "sublayers")
     if segment.unit == "sublayer":
         return (regions,)
@@ -242,6 +248,16 @@ def _by_addition(sublayers: Sequence[Sublayer]) -> list[list[Sublayer]]:
     return list(parts.values())
 
 
+def _surrogate(segment: Segment, paths: Sequence[SkipPath]) -> str:
+    """What stands for the Jacobians of a segment, in words: that of the unit in which it is most."""
+    if segment.surrogate in ("identity", "zero"):
+        return segment.surrogate
+    kinds = {path.kind for path in paths}
+    kind = next(each for each in ("mixing", "scale", "identity") if each in kinds)
+    depends = any(path.coefficient is Coefficient.DEPENDENT for path in paths)
+    return f"{kind} at the iterate" if depends else kind
+
+
 def _refuse_unit(segment: Segment, sublayer: Sublayer, what: str) -> NoReturn:
     feature = f"layer_parallel with the unit {segment.unit!r} and {what}"
     raise Unsupported(feature, where=sublayer.path, hint="Take the unit 'layer'.")
@@ -250,7 +266,8 @@ def _refuse_unit(segment: Segment, sublayer: Sublayer, what: str) -> NoReturn:
 def _refuse_readers(segment: Segment, regions: Sequence[Region]) -> None:
     """Two stages have no state behind a single layer that another operator could read."""
     for region, following in pairwise(regions):
-        if any(user not in following.nodes for user in region.exit.users):
+        states = (region.exit, *following.reshaped)
+        if any(user not in following.nodes for state in states for user in state.users):
             _refuse_unit(segment, region.sublayers[0], "a state inside the segment that is read elsewhere")
 
 
@@ -274,7 +291,7 @@ def _iterate(
             # those of the model.
             if segment.surrogate != "zero" and after[number] is not before[number]:
                 change = program.call(aten.sub.Tensor, after[number].wide, before[number].wide)
-                if segment.surrogate == "auto":
+                if segment.surrogate in ("auto", "at_iterate"):
                     change = _along(program, region.skip, change, copies)
                 wide = program.call(aten.add.Tensor, after[number + 1].wide, change)
                 wide.meta[PARALLEL] = ()
@@ -303,9 +320,18 @@ def _along(program: Program, path: SkipPath, change: fx.Node, copies: Mapping[fx
         elif node.target in SUMS and not all(operand in carried for operand in node.args[:2]):
             carried[node] = _added(program, node, carried)
         else:
-            operands = fx.map_arg(node.args, lambda each: carried[each] if each in carried else copies.get(each, each))
-            carried[node] = program.call(node.target, *operands, **node.kwargs)  # type: ignore[arg-type, misc]
+            carried[node] = _applied(program, node, {**copies, **carried})
     return carried[path.nodes[-1]]
+
+
+def _applied(program: Program, node: fx.Node, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """An operator on other values; those of a product are brought to one dtype, the widest."""
+    if node.target in PRODUCTS:
+        own = {each: values.get(each, each) for each in node.all_input_nodes}
+        dtype = reduce(torch.promote_types, (each.meta["val"].dtype for each in own.values()))
+        values = {each: _cast(program, value, dtype) for each, value in own.items()}
+    operands = fx.map_arg(node.args, lambda each: values.get(each, each))
+    return program.call(node.target, *operands, **node.kwargs)  # type: ignore[arg-type, misc]
 
 
 def _added(program: Program, node: fx.Node, carried: dict[Any, fx.Node]) -> fx.Node:
@@ -335,6 +361,15 @@ def _cast(program: Program, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _replace(state: fx.Node, by: fx.Node, inside: set[fx.Node]) -> None:
     """Let everything outside of the segment's own layers, which are dead from now on, read the new state."""
     state.replace_all_uses_with(by, delete_user_cb=lambda user: user not in inside)
+
+
+def _reshape_apart(program: Program, region: Region, inside: set[fx.Node]) -> None:
+    """Let what reads the state before a region in another shape from outside of the segment reshape it for itself."""
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in region.reshaped:
+        with program.graph.inserting_after(node):
+            copies[node] = program.graph.node_copy(node, lambda operand: copies.get(operand, operand))
+        node.replace_all_uses_with(copies[node], delete_user_cb=lambda user: user not in inside)
 
 
 def _readers(first: Region, last: Region, inside: set[fx.Node]) -> list[fx.Node]:

@@ -74,7 +74,14 @@ class SkipByPrompt(Pass):
         if scaled := [each for each in stream.sublayers if each.parallel and not each.skip.is_identity]:
             raise Unsupported(f"{self.name} with sublayers side by side and a scaled stream", where=scaled[0].path)
         if len(self.sets) > 1:
-            sublayers, width = len(stream.sublayers), int(stream.entry.meta["val"].shape[-1])
+            shape, tokens = stream.entry.meta["val"].shape, program.input(Role.TOKENS)
+            if (
+                tokens is None
+                or len(shape) != 3
+                or list(map(str, shape[:2])) != list(map(str, tokens.meta["val"].shape))
+            ):
+                raise Unsupported(f"{self.name} by a residual stream of shape {list(shape)}", where=stream.entry.name)
+            sublayers, width = len(stream.sublayers), int(shape[-1])
             if self.by == "similarity":
                 self._check_tensor(program, CENTROIDS, (len(self.sets), sublayers))
             else:

@@ -25,7 +25,9 @@ class SkipSublayers(Pass):
     """Remove the branches of chosen sublayers; the stream passes them by.
 
     The branch goes with its norm and its weights (weights that are used elsewhere stay). In a post-norm model the norm
-    belongs to the stream and stays. Skip to the Good Part (arXiv 2603.07475), per sublayer.
+    belongs to the stream and stays. So does what multiplies the stream on its way past the branch: a factor, or the
+    matrix by which hyper-connections mix their streams, which leaves ``X' = H_res X``. Skip to the Good Part (arXiv
+    2603.07475), per sublayer.
 
     Attributes:
         attention: layers that lose their attention.

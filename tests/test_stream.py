@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +15,7 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.stream import SublayerKind, find_stream
+from skipstone.ir.surrogate import Coefficient
 from tests import models
 from tests.tiny_models import LAYERS, tiny_model
 
@@ -94,7 +98,7 @@ class Drawn(nn.Module):
 def test_random_residual_programs(shape: list[tuple[str, SublayerKind]]) -> None:
     stream = find_stream(capture_module(Drawn(shape).eval(), {"x": torch.randn(2, 5, 8)}))
     assert [s.kind for s in stream.sublayers] == [kind for _, kind in shape]
-    assert [s.skip.factor for s in stream.sublayers] == [0.5 if form == "scaled" else 1.0 for form, _ in shape]
+    assert [s.skip.kind for s in stream.sublayers] == ["scale" if form == "scaled" else "identity" for form, _ in shape]
     last = len(shape) - 1  # behind the last sublayer a norm is that of the head
     assert [s.post_norm for s in stream.sublayers[:last]] == [form == "post" for form, _ in shape[:last]]
 
@@ -127,6 +131,95 @@ def test_earlier_states_may_be_taken_up_again() -> None:
     ]
     assert not any(s.post_norm or s.parallel for s in stream.sublayers)
     assert stream.entry is next(program.nodes(torch.ops.aten.linear.default))
+
+
+class Own(nn.Module):
+    """Two layers ``skip(x) + branch(x)`` on [B, S, 8] with a skip path of one's own."""
+
+    def __init__(self, skip: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.skip = skip
+        self.entry, self.inner = nn.Linear(8, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.extra = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.entry(x)
+        for layer in self.inner:
+            x = self.skip(self, x) + torch.tanh(layer(x))
+        return x
+
+
+def test_a_gate_on_the_stream_depends_on_it() -> None:
+    program = capture_module(Own(lambda m, x: m.extra(x).sigmoid() * x).eval(), {"x": torch.randn(2, 5, 8)})
+    sublayers = find_stream(program).sublayers
+    assert [each.path for each in sublayers] == ["inner.0", "inner.1"]
+    assert all((each.skip.kind, each.skip.coefficient) == ("scale", Coefficient.DEPENDENT) for each in sublayers)
+
+
+NO_SKIP: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "its square": lambda m, x: x * x,
+    "a product over features": lambda m, x: x @ m.extra.weight,
+    "features as a column": lambda m, x: (m.extra.weight @ x.unsqueeze(-1)).squeeze(-1),
+    "features as rows": lambda m, x: (
+        m.extra.weight[:2, :2] @ x.unflatten(-1, (4, 2)).transpose(-1, -2)
+    ).transpose(-1, -2).flatten(-2),
+    "a product over the sequence": lambda m, x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
+    "a constant on top": lambda m, x: 0.5 * x + m.extra.bias,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("skip", NO_SKIP)
+def test_what_is_no_multiple_of_the_stream_does_not_carry_it(skip: str) -> None:
+    program = capture_module(Own(NO_SKIP[skip]).eval(), {"x": torch.randn(2, 5, 8)})
+    with pytest.raises(Unsupported, match="residual stream"):
+        find_stream(program)
+
+
+class LookedUp(nn.Module):
+    """Layers that look up more of the tokens themselves: embeddings, as in nanochat, or numbers of experts."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.embed, self.values = nn.Embedding(7, 8), nn.ModuleList(nn.Embedding(7, 8) for _ in range(3))
+        self.inner = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.register_buffer("route", torch.arange(7) % 2)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        values = [each(input_ids) for each in self.values] if self.first else []
+        x = self.embed(input_ids)
+        for number, layer in enumerate(self.inner):
+            value = values[number] if self.first else self.values[number](input_ids)
+            x = x + layer(torch.where((self.route[input_ids] == 0).unsqueeze(-1), x, x.neg()) + value)
+        return x
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_what_layers_look_up_is_no_way_past_the_stream(first: bool) -> None:
+    program = capture_module(LookedUp(first).eval(), {"input_ids": torch.arange(10).reshape(2, 5) % 7})
+    stream = find_stream(program)
+    assert [each.path for each in stream.sublayers] == [f"inner.{number}" for number in range(3)]
+    assert stream.entry.args[0].target == "embed.weight"  # type: ignore[union-attr]
+
+
+class Beside(nn.Module):
+    """Streams that are read together and written apart, but are not mixed, as in HunYuan V4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.ffn = nn.Linear(24, 6), nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = torch.stack([x, -x, 2 * x], dim=-2)
+        read, write = self.mix(streams.flatten(-2)).sigmoid().chunk(2, -1)
+        y = self.ffn((read.unsqueeze(-1) * streams).sum(-2))
+        return (streams + write.unsqueeze(-1) * y.unsqueeze(-2)).sum(-2)
+
+
+def test_the_weights_of_streams_are_no_place_of_a_sublayer() -> None:
+    (sublayer,) = find_stream(capture_module(Beside().eval(), {"x": torch.randn(2, 5, 8)})).sublayers
+    assert sublayer.skip.is_identity
+    assert sublayer.path == "ffn"
 
 
 def test_a_plain_chain_has_no_stream() -> None:
