@@ -17,7 +17,7 @@ from skipstone.kernels.encoding import (
     is_finite,
 )
 from skipstone.kernels.launch import Launch, buffer
-from skipstone.kernels.tiles import buffer_start, channels, half
+from skipstone.kernels.tiles import buffer_start, channels, columns
 
 
 def append(call: Call) -> Launch:
@@ -84,21 +84,21 @@ def _store_row(
     """Encode the vector at pointer `x` into the row of a cache."""
     codes = buffer_start(cache[0], batch, head) + row * cache[0][3]
     if form == "full":
-        channel = channels(width, False, 0)
+        channel = channels(width, 1, 0)
         inside = channel < width
         tl.store(codes + channel, tl.load(x + channel, mask=inside).to(cache[0][0].dtype.element_ty), mask=inside)
     elif form == "int8_channel":
-        channel = channels(width, False, 0)
+        channel = channels(width, 1, 0)
         inside = channel < width
         code = _encode_channel(x, static + head * width, channel, inside, -128, 127)
         tl.store(codes + channel, code.to(tl.int8), mask=inside)
     elif form == "int4_channel":
-        channel = channels(width, True, 0)
+        channel = channels(width, 2, 0)
         even = _encode_channel(x, static + head * width, channel, channel < width, -8, 7) + 8
         odd = _encode_channel(x, static + head * width, channel + 1, channel + 1 < width, -8, 7) + 8
         _store_pairs(codes, channel, even, odd, width)
     elif form == "int8_token" or form == "fp8_token":
-        channel = channels(width, False, 0)
+        channel = channels(width, 1, 0)
         inside = channel < width
         values = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
         high: tl.constexpr = 127.0 if form == "int8_token" else 448.0
@@ -136,7 +136,7 @@ def _store_groups(
     x, codes, cache, batch, head, row, static, form: tl.constexpr, group: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
     """`_store_row` for the formats whose groups of channels have scales."""
-    groups: tl.constexpr = half(width, True) * 2 // group
+    groups: tl.constexpr = columns(width, 2) * 2 // group
     number = tl.arange(0, groups)
     channel = number[:, None] * group + 2 * tl.arange(0, group // 2)[None, :]
     inside = channel < width
@@ -203,7 +203,7 @@ def _keep_row(
     x, cache, batch, head, row, newest,
     parts: tl.constexpr, width: tl.constexpr, first: tl.constexpr, ring: tl.constexpr,
 ):  # fmt: skip
-    channel = channels(width, False, 0)
+    channel = channels(width, 1, 0)
     inside = channel < width
     values = tl.load(x + channel, mask=inside)
     if ring > 0:

@@ -5,14 +5,24 @@ and values is read and decoded once for all of them. Of the S * g rows of a key 
 r % g in the group.
 """
 
-# mypy: allow-untyped-defs
+# Triton unrolls loops over pieces, in which tuples grow, and knows no starred elements.
+# mypy: allow-untyped-defs, disable-error-code=assignment
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from skipstone.kernels.softmax import LOG2_E, accumulate, in_values, load_queries, logits_of, new_state, operand_dtype
-from skipstone.kernels.tiles import buffer_start, half, load_channels, load_tile, packed
+from skipstone.kernels.softmax import (
+    LOG2_E,
+    accumulate,
+    in_values,
+    load_queries,
+    logits_of,
+    new_state,
+    operand_dtype,
+)
+from skipstone.kernels.tiles import across, buffer_start, down, load_channels, load_tile, pieces
 
 
 @triton.jit
@@ -21,6 +31,7 @@ def attend(
     K_FORM: tl.constexpr, K_GROUP: tl.constexpr, K_ALIGN: tl.constexpr, K_WIDTH: tl.constexpr,
     V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_ALIGN: tl.constexpr, V_WIDTH: tl.constexpr,
     MODEL: tl.constexpr, ARCH: tl.constexpr, CAP: tl.constexpr, FIRST: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """The state after the keys ``begin .. end - 1`` as they are in the cache, with sums in the units of the values.
 
@@ -36,23 +47,29 @@ def attend(
     """
     k_dtype: tl.constexpr = operand_dtype(K_FORM, MODEL)
     v_dtype: tl.constexpr = operand_dtype(V_FORM, MODEL)
-    v_split: tl.constexpr = packed(V_FORM)
-    query = load_queries(q_rows, present, k_static, head, K_FORM, K_WIDTH, k_dtype)
-    factor = query[2] * scale if CAP else query[2] * (scale * LOG2_E)
-    until = tl.minimum(until, end)
-    state = new_state(q_rows.shape[0], half(V_WIDTH, v_split))
+    k_parts: tl.constexpr = pieces(K_FORM, K_ALIGN)
+    v_parts: tl.constexpr = pieces(V_FORM, V_ALIGN)
+    query, factor = load_queries(q_rows, present, k_static, head, K_FORM, K_WIDTH, k_parts, k_dtype, KEYS_FIRST)
+    factor = factor * scale if CAP else factor * (scale * LOG2_E)
+    until = down(tl.minimum(until, end), KEYS_FIRST)
+    lowest = down(lowest, KEYS_FIRST)
+    state = new_state(q_rows.shape[0], V_WIDTH, v_parts, KEYS_FIRST)
     for first in range(begin, end, BLOCK_N):
         row = tl.cast(first, tl.int64)
         key = first + tl.arange(0, BLOCK_N)
         inside = key < end
-        visible = (key[None, :] < until[:, None]) & (key[None, :] >= lowest[:, None])
+        visible = (across(key, KEYS_FIRST) < until) & (across(key, KEYS_FIRST) >= lowest)
         if FIRST > 0:
-            visible = visible & (key >= FIRST)[None, :]
-        tile = load_tile(keys, batch, head, row, BLOCK_N, inside, K_FORM, K_GROUP, K_ALIGN, K_WIDTH, k_dtype, ARCH)
-        logits = logits_of(query, factor, tile, softcap, K_FORM, CAP)
-        tile = load_tile(values, batch, head, row, BLOCK_N, inside, V_FORM, V_GROUP, V_ALIGN, V_WIDTH, v_dtype, ARCH)
-        state = accumulate(state, logits, visible, tile, V_FORM, v_split, v_dtype)
-    return in_values(state, v_static, head, V_FORM, V_WIDTH)
+            visible = visible & across(key >= FIRST, KEYS_FIRST)
+        tile = load_tile(
+            keys, batch, head, row, BLOCK_N, inside, K_FORM, K_GROUP, K_ALIGN, K_WIDTH, k_dtype, ARCH, False
+        )
+        logits = logits_of(query, factor, tile, softcap, K_FORM, k_parts, CAP, KEYS_FIRST)
+        tile = load_tile(
+            values, batch, head, row, BLOCK_N, inside, V_FORM, V_GROUP, V_ALIGN, V_WIDTH, v_dtype, ARCH, KEYS_FIRST
+        )
+        state = accumulate(state, logits, visible, tile, V_FORM, v_parts, v_dtype, KEYS_FIRST)
+    return in_values(state, v_static, head, V_FORM, V_WIDTH, v_parts, KEYS_FIRST)
 
 
 @triton.jit
@@ -60,8 +77,8 @@ def attend_exact(
     state, q_rows, present, position, lowest, keys, values, k_new, v_new, batch, head, start, begin, end, until, scale,
     softcap,
     K_FORM: tl.constexpr, K_PARTS: tl.constexpr, K_WIDTH: tl.constexpr,
-    V_FORM: tl.constexpr, V_PARTS: tl.constexpr, V_WIDTH: tl.constexpr,
-    MODEL: tl.constexpr, CAP: tl.constexpr, FIRST: tl.constexpr, RING: tl.constexpr,
+    V_FORM: tl.constexpr, V_ALIGN: tl.constexpr, V_PARTS: tl.constexpr, V_WIDTH: tl.constexpr,
+    MODEL: tl.constexpr, CAP: tl.constexpr, FIRST: tl.constexpr, RING: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """The state after the keys that are read in full precision: each row's own from `until` on, and the FIRST.
 
@@ -71,9 +88,9 @@ def attend_exact(
         K_PARTS, V_PARTS: number of the format's own buffers; the ring and the first rows follow them.
         RING: rows of the ring, 0 without one.
     """
-    v_split: tl.constexpr = packed(V_FORM)
-    query = load_queries(q_rows, present, q_rows, head, "full", K_WIDTH, MODEL)
-    factor = query[2] * scale if CAP else query[2] * (scale * LOG2_E)
+    v_parts: tl.constexpr = pieces(V_FORM, V_ALIGN)
+    query, factor = load_queries(q_rows, present, q_rows, head, "full", K_WIDTH, 1, MODEL, KEYS_FIRST)
+    factor = factor * scale if CAP else factor * (scale * LOG2_E)
     early = tl.minimum(FIRST, end)
     late = tl.maximum(tl.maximum(begin, early), tl.min(until, axis=0))
     # These keys are few, and their rows are anywhere: small tiles need few registers for pointers.
@@ -81,15 +98,18 @@ def attend_exact(
         number = first + tl.arange(0, 16)
         key = tl.where(number < early, number, number - early + late)
         inside = key < end
-        visible = (key[None, :] >= until[:, None]) | (key < FIRST)[None, :]
-        visible = visible & (key[None, :] <= position[:, None]) & (key[None, :] >= lowest[:, None]) & inside[None, :]
+        row = across(key, KEYS_FIRST)
+        visible = (row >= down(until, KEYS_FIRST)) | (row < FIRST)
+        visible = visible & (row <= down(position, KEYS_FIRST)) & (row >= down(lowest, KEYS_FIRST))
+        visible = visible & across(inside, KEYS_FIRST)
         rows = exact_rows(keys, k_new, batch, head, key, start, K_FORM, K_PARTS, FIRST, RING)
-        tile = load_channels(rows, inside, K_WIDTH, False, 0).to(MODEL)
-        logits = logits_of(query, factor, (tile, tile, 1.0), softcap, "full", CAP)
+        tile = load_channels(rows, inside, K_WIDTH, 1, 0, False).to(MODEL)
+        logits = logits_of(query, factor, ((tile,), 1.0), softcap, "full", 1, CAP, KEYS_FIRST)
         rows = exact_rows(values, v_new, batch, head, key, start, V_FORM, V_PARTS, FIRST, RING)
-        even = load_channels(rows, inside, V_WIDTH, v_split, 0).to(MODEL)
-        odd = load_channels(rows, inside, V_WIDTH, v_split, 1).to(MODEL) if v_split else even
-        state = accumulate(state, logits, visible, (even, odd, 1.0), "full", v_split, MODEL)
+        tiles = ()
+        for part in tl.static_range(v_parts):
+            tiles = tiles + (load_channels(rows, inside, V_WIDTH, v_parts, part, KEYS_FIRST).to(MODEL),)
+        state = accumulate(state, logits, visible, (tiles, 1.0), "full", v_parts, MODEL, KEYS_FIRST)
     return state
 
 

@@ -171,6 +171,8 @@ def _source(launch: Launch) -> ASTSource:
         if name in launch.constants:
             signature[name] = "constexpr"
             constants[(position,)] = launch.constants[name]
+        elif launch.kernel.params[position].do_not_specialize:
+            signature[name] = "i32"
         else:
             signature[name] = _type(launch.arguments[name])
             for path, value in _leaves(launch.arguments[name], (position,)):

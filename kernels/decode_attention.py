@@ -17,7 +17,7 @@ from skipstone.kernels.attend import attend, attend_exact, block_of_queries
 from skipstone.kernels.call import Call
 from skipstone.kernels.launch import Launch, buffer
 from skipstone.kernels.softmax import output_factor, store_rows
-from skipstone.kernels.tiles import packed
+from skipstone.kernels.tiles import pieces
 from skipstone.kernels.tuning import Tile, constants
 
 SHARE = 256
@@ -25,14 +25,14 @@ SHARE = 256
 
 
 def splits(call: Call, tile: Tile, processors: int) -> int:
-    """How many programs share the keys of a block: two programs for every processor, however long the cache is."""
+    """How many programs share the keys of a block: all that run at a time and no more, however long the cache is."""
     blocks = triton.cdiv(call.queries * call.group, tile.rows) * call.kv_heads * call.batch
-    return max(1, min(triton.cdiv(2 * processors, blocks), triton.cdiv(call.capacity, SHARE)))
+    return max(1, min(tile.programs * processors // blocks, triton.cdiv(call.capacity, SHARE)))
 
 
 def decode_attention(call: Call, out: Tensor, tile: Tile, shares: int) -> tuple[Launch, Launch]:
     """Attention of few queries: the two launches that write it to `out` [B, N, S, Dv], by `shares` programs a block."""
-    # `shares` is no constant of the kernels: it follows from the batch, and each number would be compiled anew.
+    # `shares` is no constant of the kernels: it follows from the batch, and numbers would be compiled anew.
     batch, heads, queries, width = out.shape
     sums = torch.empty((batch, heads, queries, shares, width), dtype=torch.float32, device=out.device)
     peaks, totals = torch.empty((2, batch, heads, queries, shares), dtype=torch.float32, device=out.device)
@@ -43,6 +43,7 @@ def decode_attention(call: Call, out: Tensor, tile: Tile, shares: int) -> tuple[
         constants(call, tile),
         tile.warps,
         tile.stages,
+        tile.registers,
     )
     combine = Launch(
         combine_shares,
@@ -51,14 +52,14 @@ def decode_attention(call: Call, out: Tensor, tile: Tile, shares: int) -> tuple[
         {
             "WIDTH": width,
             "BLOCK_D": triton.next_power_of_2(width),
-            "BLOCK_SPLITS": min(16, triton.next_power_of_2(shares)),
+            "BLOCK_SPLITS": min(64, triton.next_power_of_2(shares)),
         },
-        warps=4,
+        warps=8,
     )
     return share, combine
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def attend_share(
     q, keys, values, k_static, v_static, k_new, v_new, start, count, sums, peaks, totals, scale, softcap, window,
     queries, shares,
@@ -66,7 +67,7 @@ def attend_share(
     V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_ALIGN: tl.constexpr, V_PARTS: tl.constexpr, V_WIDTH: tl.constexpr,
     MODEL: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr, CAP: tl.constexpr, HEADS: tl.constexpr,
     RESIDUAL: tl.constexpr, FIRST: tl.constexpr, RING: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Sums [B, N, S, shares, Dv], largest logits and totals [B, N, S, shares] of one share of the keys, float32."""
     split, block = tl.program_id(0) % shares, tl.program_id(0) // shares
@@ -84,23 +85,25 @@ def attend_share(
             q_rows, present, position, lowest, keys, values, k_static, v_static, batch, head, share_begin, share_end,
             until, scale, softcap,
             K_FORM, K_GROUP, K_ALIGN, K_WIDTH, V_FORM, V_GROUP, V_ALIGN, V_WIDTH, MODEL, ARCH, CAP, FIRST, BLOCK_N,
+            KEYS_FIRST,
         )  # fmt: skip
         if RESIDUAL + FIRST > 0:
             # Keys in full precision are few, and belong to the first share.
             state = attend_exact(
                 state, q_rows, present, position, lowest, keys, values, k_new, v_new, batch, head, first, begin,
                 tl.where(split == 0, end, 0), until, scale, softcap,
-                K_FORM, K_PARTS, K_WIDTH, V_FORM, V_PARTS, V_WIDTH, MODEL, CAP, FIRST, RING,
+                K_FORM, K_PARTS, K_WIDTH, V_FORM, V_ALIGN, V_PARTS, V_WIDTH, MODEL, CAP, FIRST, RING, KEYS_FIRST,
             )  # fmt: skip
-        even, odd, peak, total, _ = state
-        store_rows(sums + place * V_WIDTH, present, even, odd, V_WIDTH, packed(V_FORM))
+        weighted, peak, total, _ = state
+        one = tl.full(place.shape, 1.0, tl.float32)
+        store_rows(sums + place * V_WIDTH, present, weighted, one, V_WIDTH, pieces(V_FORM, V_ALIGN), KEYS_FIRST)
         tl.store(peaks + place, peak, mask=present)
         tl.store(totals + place, total, mask=present)
     else:
         tl.store(peaks + place, float("-inf"), mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def combine_shares(
     sums, peaks, totals, shares, sinks, out,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,

@@ -41,6 +41,7 @@ class Launch:
         arguments: by name: tensors, numbers, None, and tuples of them.
         constants: by name, the arguments that are known when compiling.
         warps, stages: of each program, and of its software pipeline.
+        registers: that a thread may use.
     """
 
     kernel: Any
@@ -49,11 +50,12 @@ class Launch:
     constants: Mapping[str, Any]
     warps: int
     stages: int = 1
+    registers: int = REGISTERS
 
     @property
     def options(self) -> Mapping[str, int]:
         """What Triton is told about compiling it."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": REGISTERS}
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
     def __call__(self) -> None:
         """Launch it on the current stream, without waiting."""

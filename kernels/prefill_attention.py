@@ -11,7 +11,7 @@ from skipstone.kernels.attend import attend, attend_exact, block_of_queries
 from skipstone.kernels.call import Call
 from skipstone.kernels.launch import Launch, buffer
 from skipstone.kernels.softmax import output_factor, store_rows
-from skipstone.kernels.tiles import packed
+from skipstone.kernels.tiles import pieces
 from skipstone.kernels.tuning import Tile, constants
 
 
@@ -34,6 +34,7 @@ def attend_block(
     V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_ALIGN: tl.constexpr, V_PARTS: tl.constexpr, V_WIDTH: tl.constexpr,
     MODEL: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr, CAP: tl.constexpr, HEADS: tl.constexpr,
     RESIDUAL: tl.constexpr, FIRST: tl.constexpr, RING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one block of queries, to the buffer `out` [B, N, S, Dv]."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -46,14 +47,16 @@ def attend_block(
     state = attend(
         q_rows, present, position, lowest, keys, values, k_static, v_static, batch, head, begin, end, until, scale,
         softcap, K_FORM, K_GROUP, K_ALIGN, K_WIDTH, V_FORM, V_GROUP, V_ALIGN, V_WIDTH, MODEL, ARCH, CAP, FIRST, BLOCK_N,
+        KEYS_FIRST,
     )  # fmt: skip
     if RESIDUAL + FIRST > 0:
         state = attend_exact(
             state, q_rows, present, position, lowest, keys, values, k_new, v_new, batch, head, first, begin, end, until,
-            scale, softcap, K_FORM, K_PARTS, K_WIDTH, V_FORM, V_PARTS, V_WIDTH, MODEL, CAP, FIRST, RING,
+            scale, softcap, K_FORM, K_PARTS, K_WIDTH, V_FORM, V_ALIGN, V_PARTS, V_WIDTH, MODEL, CAP, FIRST, RING,
+            KEYS_FIRST,
         )  # fmt: skip
-    even, odd, peak, total, _ = state
+    sums, peak, total, _ = state
     sink = float("-inf") if sinks is None else tl.load(sinks + q_head).to(tl.float32)
-    factor = output_factor(peak, total, sink)[:, None]
+    factor = output_factor(peak, total, sink)
     rows = out[0] + batch * out[1] + q_head * out[2] + query * out[3]
-    store_rows(rows, present, even * factor, odd * factor, V_WIDTH, packed(V_FORM))
+    store_rows(rows, present, sums, factor, V_WIDTH, pieces(V_FORM, V_ALIGN), KEYS_FIRST)

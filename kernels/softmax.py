@@ -1,16 +1,30 @@
 """Softmax attention of a block of queries over keys that come a tile at a time: what all attention kernels share.
 
-A running state ``(even, odd, peak, total, unit)`` holds the sums of weighted values [M, half] in units of `unit`, the
-largest logit so far [M] and the sum of the weights [M]. Logits are in base 2, for `exp2`.
+A running state ``(sums, peak, total, unit)`` holds the sums of weighted values in units of `unit`, in the pieces of
+their tiles, the largest logit so far [M] and the sum of the weights [M]. Logits are in base 2, for `exp2`.
+
+A matrix product of tensor cores has at least 16 rows, but may have 8 columns. Few queries are therefore columns
+(`KEYS_FIRST`): logits are [N, M] then and sums [columns, M], instead of [M, N] and [M, columns].
 """
 
-# mypy: allow-untyped-defs
+# Triton unrolls loops over pieces, in which tuples grow, and knows no starred elements.
+# mypy: allow-untyped-defs, disable-error-code=assignment
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from skipstone.kernels.tiles import channels, load_channels, load_static, packed, static_scaled, token_scaled
+from skipstone.kernels.tiles import (
+    across,
+    channels,
+    columns,
+    down,
+    load_channels,
+    load_static,
+    static_scaled,
+    token_scaled,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-30)
@@ -31,118 +45,140 @@ def multiply(a, b, accumulator):
 @triton.jit
 def load_queries(
     rows, present, static, head,
-    form: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr,
+    form: tl.constexpr, width: tl.constexpr, parts: tl.constexpr, dtype: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Queries as operands for keys of a format.
 
     Args:
         rows, present: pointers to them [M], and whether to read them.
         static, head: static tensor of the keys' format, where it has one, and key head.
+        parts: number of pieces.
     Returns:
-        even channels [M, half], odd ones (or all, twice), and a factor of each row's products, float32 [M].
+        the pieces [M, columns], transposed if KEYS_FIRST, and a factor of each row's products, float32 [M].
     """
-    split: tl.constexpr = packed(form)
-    even = load_channels(rows, present, width, split, 0)
-    odd = load_channels(rows, present, width, split, 1) if split else even
-    if form == "full":
-        return even.to(dtype), odd.to(dtype), tl.full((rows.shape[0],), 1.0, tl.float32)
-    even, odd = even.to(tl.float32), odd.to(tl.float32)
-    if static_scaled(form):
-        even = even * load_static(static, head, form, width, split, 0)[None, :]
-        odd = odd * load_static(static, head, form, width, split, 1)[None, :] if split else even
+    tiles = ()
+    largest = tl.zeros((rows.shape[0],), tl.float32)
+    for part in tl.static_range(parts):
+        tile = load_channels(rows, present, width, parts, part, False)
+        if form != "full":
+            tile = tile.to(tl.float32)
+            if static_scaled(form):
+                tile = tile * load_static(static, head, form, width, parts, part)[None, :]
+            largest = tl.maximum(largest, tl.max(tl.abs(tile), axis=1))
+        tiles = tiles + (tile,)
     # What a query times a scale can be is too much for the exponents of float16, but not relative to its largest.
-    largest = tl.maximum(tl.max(tl.abs(even), axis=1), tl.max(tl.abs(odd), axis=1))
     largest = tl.where(largest > 0.0, largest, 1.0)
-    return (even / largest[:, None]).to(dtype), (odd / largest[:, None]).to(dtype), largest
+    operands = ()
+    for part in tl.static_range(parts):
+        tile = (tiles[part] if form == "full" else tiles[part] / largest[:, None]).to(dtype)
+        operands = operands + (tl.trans(tile) if KEYS_FIRST else tile,)
+    return operands, largest
 
 
 @triton.jit
-def new_state(rows: tl.constexpr, columns: tl.constexpr):
+def new_state(rows: tl.constexpr, width: tl.constexpr, parts: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """The state before any key."""
-    sums = tl.zeros((rows, columns), tl.float32)
-    return sums, sums, tl.full((rows,), float("-inf"), tl.float32), tl.zeros((rows,), tl.float32), TINY
+    shape: tl.constexpr = (columns(width, parts), rows) if KEYS_FIRST else (rows, columns(width, parts))
+    sums = ()
+    for _ in tl.static_range(parts):
+        sums = sums + (tl.zeros(shape, tl.float32),)
+    return sums, tl.full((rows,), float("-inf"), tl.float32), tl.zeros((rows,), tl.float32), TINY
 
 
 @triton.jit
-def logits_of(query, factor, keys, softcap, form: tl.constexpr, CAP: tl.constexpr):
-    """Logits in base 2, float32 [M, N], of queries from `load_queries` and keys from `load_tile`.
+def logits_of(
+    query, factor, keys, softcap, form: tl.constexpr, parts: tl.constexpr, CAP: tl.constexpr, KEYS_FIRST: tl.constexpr
+):
+    """Logits in base 2, float32 [M, N], transposed if KEYS_FIRST, of queries from `load_queries` and a tile of keys.
 
     Args:
         factor: [M], the queries' own times the scale of the logits, and log2(e) without CAP.
-        form: format of the keys.
+        keys: from `load_tile`.
+        form, parts: format of the keys, and number of pieces.
         softcap: cap of the logits, if CAP.
     """
-    logits = tl.zeros((query[0].shape[0], keys[0].shape[0]), tl.float32)
-    logits = multiply(query[0], tl.trans(keys[0]), logits)
-    if packed(form):
-        logits = multiply(query[1], tl.trans(keys[1]), logits)
-    logits *= factor[:, None]
+    rows: tl.constexpr = factor.shape[0]
+    tokens: tl.constexpr = keys[0][0].shape[0]
+    logits = tl.zeros((tokens, rows) if KEYS_FIRST else (rows, tokens), tl.float32)
+    for part in tl.static_range(parts):
+        if KEYS_FIRST:
+            logits = multiply(keys[0][part], query[part], logits)
+        else:
+            logits = multiply(query[part], tl.trans(keys[0][part]), logits)
+    logits *= down(factor, KEYS_FIRST)
     if token_scaled(form):
-        logits *= keys[2][None, :]
+        logits *= across(keys[1], KEYS_FIRST)
     if CAP:
         logits = tanh(logits / softcap) * softcap * LOG2_E
     return logits
 
 
 @triton.jit
-def accumulate(state, logits, visible, values, form: tl.constexpr, split: tl.constexpr, dtype: tl.constexpr):
+def accumulate(
+    state, logits, visible, values,
+    form: tl.constexpr, parts: tl.constexpr, dtype: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
     """The state after a tile.
 
     Args:
-        logits, visible: [M, N].
-        values: from `load_tile`.
-        form: format of the values.
-        split: whether the sums are split into even and odd channels.
+        logits, visible: [M, N], transposed if KEYS_FIRST.
+        values: from `load_tile`, transposed if KEYS_FIRST.
+        form, parts: format of the values, and number of pieces.
         dtype: type of the tile.
     """
-    even, odd, peak, total, unit = state
+    over_keys: tl.constexpr = 0 if KEYS_FIRST else 1
+    sums, peak, total, unit = state
     logits = tl.where(visible, logits, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+    new_peak = tl.maximum(peak, tl.max(logits, axis=over_keys))
     # A row that has seen nothing yet must not compute inf - inf.
     reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(logits - reference[:, None])
+    weights = tl.exp2(logits - down(reference, KEYS_FIRST))
     shrink = tl.exp2(peak - reference)
-    total = total * shrink + tl.sum(weights, axis=1)
+    total = total * shrink + tl.sum(weights, axis=over_keys)
     if token_scaled(form):
         # Scales go to the weights, in units of the largest so far: by themselves they may be too small for float16.
-        scale = values[2]
+        scale = values[1]
         new_unit = tl.maximum(unit, tl.max(tl.where(scale == scale, scale, 0.0), axis=0))
-        weights = tl.where(visible, weights * (scale / new_unit)[None, :], 0.0)
-        shrink *= unit / new_unit
+        inverse = 1.0 / new_unit
+        weights = tl.where(visible, weights * across(scale * inverse, KEYS_FIRST), 0.0)
+        shrink *= unit * inverse
         unit = new_unit
     weights = weights.to(dtype)
-    even = multiply(weights, values[0], even * shrink[:, None])
-    if split:
-        odd = multiply(weights, values[1], odd * shrink[:, None])
-    return even, odd, new_peak, total, unit
+    new_sums = ()
+    for part in tl.static_range(parts):
+        shrunk = sums[part] * down(shrink, KEYS_FIRST)
+        if KEYS_FIRST:
+            new_sums = new_sums + (multiply(values[0][part], weights, shrunk),)
+        else:
+            new_sums = new_sums + (multiply(weights, values[0][part], shrunk),)
+    return new_sums, new_peak, total, unit
 
 
 @triton.jit
-def in_values(state, static, head, form: tl.constexpr, width: tl.constexpr):
+def in_values(
+    state, static, head, form: tl.constexpr, width: tl.constexpr, parts: tl.constexpr, KEYS_FIRST: tl.constexpr
+):  # fmt: skip
     """The state with sums in the units of the values themselves, from sums over tiles of a format."""
-    even, odd, peak, total, unit = state
-    split: tl.constexpr = packed(form)
-    if token_scaled(form):
-        even, odd = even * unit, odd * unit
-    if static_scaled(form):
-        even = even * load_static(static, head, form, width, split, 0)[None, :]
-        if split:
-            odd = odd * load_static(static, head, form, width, split, 1)[None, :]
-    return even, odd, peak, total, unit
+    sums, peak, total, unit = state
+    scaled = ()
+    for part in tl.static_range(parts):
+        each = sums[part]
+        if token_scaled(form):
+            each = each * unit
+        if static_scaled(form):
+            each = each * across(load_static(static, head, form, width, parts, part), KEYS_FIRST)
+        scaled = scaled + (each,)
+    return scaled, peak, total, unit
 
 
 @triton.jit
-def store_rows(rows, present, even, odd, width: tl.constexpr, split: tl.constexpr):
-    """Write the columns of a state to pointers to rows [M]."""
-    _store_columns(rows, present, even, channels(width, split, 0), width)
-    if split:
-        _store_columns(rows, present, odd, channels(width, split, 1), width)
-
-
-@triton.jit
-def _store_columns(rows, present, values, channel, width: tl.constexpr):
-    pointers = rows[:, None] + channel[None, :]
-    tl.store(pointers, values.to(rows.dtype.element_ty), mask=present[:, None] & (channel < width)[None, :])
+def store_rows(rows, present, sums, factor, width: tl.constexpr, parts: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Write the sums of a state, times `factor` [M], to pointers to rows [M]."""
+    for part in tl.static_range(parts):
+        channel = channels(width, parts, part)
+        pointers = down(rows, KEYS_FIRST) + across(channel, KEYS_FIRST)
+        mask = down(present, KEYS_FIRST) & across(channel < width, KEYS_FIRST)
+        tl.store(pointers, (sums[part] * down(factor, KEYS_FIRST)).to(rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit

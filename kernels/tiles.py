@@ -1,15 +1,16 @@
 """Tiles of a cached key or value: how a block of tokens becomes an operand of a matrix product.
 
 A cache is a tuple of buffers, the parts of its format in order; a buffer is ``(pointer, stride of the batch, stride of
-the head, stride of the row)``, its elements side by side. Formats of 4 bits hold two channels to a byte, an even and an
-odd one. Bringing them together again would move every element between threads, so a tile of such a format is two: its
-even channels and its odd ones, and whoever multiplies with it does the same with the other operand.
+the head, stride of the row)``, its elements side by side. Codes are read as words of 16 bits, which hold two or four
+channels: words go from shared memory to the threads that need them as numbers of 16 bits do, and become operands there.
+Bringing the channels together again would move every element between threads, so a tile comes in pieces: piece p of n
+has the channels p, p + n, p + 2 n and so on, and whoever multiplies with it does the same with the other operand.
 
 Scales that all channels of a token share, or all tokens of a channel, are not applied to the tile: whoever multiplies
 with it applies them to the smaller side. See `token_scaled` and `load_static`.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code=assignment
 from __future__ import annotations
 
 import triton
@@ -18,6 +19,7 @@ import triton.language as tl
 from skipstone.kernels.decoding import (
     decode_e2m1,
     decode_e4m3,
+    decode_e4m3_pairs,
     decode_e8m0,
     decode_int4,
     decode_int8,
@@ -29,9 +31,14 @@ FORMATS = ("full", "int8_channel", "int8_token", "fp8_token", "int4_channel", "i
 
 
 @triton.constexpr_function
-def packed(form):
-    """Whether a byte holds two channels."""
-    return form in ("int4_channel", "int4_group", "nvfp4", "mxfp4")
+def pieces(form, align):
+    """How many pieces a tile comes in; `align` is what divides the addresses of the rows of each buffer."""
+    if form == "full":
+        return 1
+    if form in ("int4_group", "nvfp4", "mxfp4"):
+        return 2
+    words = align[0] % 2 == 0
+    return (4 if words else 2) if form == "int4_channel" else (2 if words else 1)
 
 
 @triton.constexpr_function
@@ -47,16 +54,15 @@ def static_scaled(form):
 
 
 @triton.constexpr_function
-def half(width, split):
-    """Columns of a tile for a head size: a power of two that tensor cores take. Half the channels when split."""
-    return max(16, triton.next_power_of_2(-(-width // 2) if split else width))
+def columns(width, parts):
+    """Columns of each of the pieces of a tile for a head size: a power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(-(-width // parts)))
 
 
 @triton.jit
-def channels(width: tl.constexpr, split: tl.constexpr, odd: tl.constexpr):
-    """Channel of each column of a tile, int32 [half(width, split)]."""
-    columns = tl.arange(0, half(width, split))
-    return columns * 2 + odd if split else columns
+def channels(width: tl.constexpr, parts: tl.constexpr, part: tl.constexpr):
+    """Channel of each column of a piece of a tile, int32 [columns(width, parts)]."""
+    return tl.arange(0, columns(width, parts)) * parts + part
 
 
 @triton.jit
@@ -74,16 +80,41 @@ def row_pointers(buffer, batch, head, first, rows: tl.constexpr, aligned: tl.con
 
 
 @triton.jit
-def load_channels(rows, present, width: tl.constexpr, split: tl.constexpr, odd: tl.constexpr):
-    """The channels of one tile from pointers to rows [N]; 0 beyond `width` and where a row is not `present`."""
-    channel = channels(width, split, odd)
-    return tl.load(rows[:, None] + channel[None, :], mask=present[:, None] & (channel < width)[None, :], other=0)
+def down(x, TRANSPOSED: tl.constexpr):
+    """A vector as one column of a matrix; as one row of the transposed matrix."""
+    return x[None, :] if TRANSPOSED else x[:, None]
 
 
 @triton.jit
-def load_static(static, head, form: tl.constexpr, width: tl.constexpr, split: tl.constexpr, odd: tl.constexpr):
-    """float32 factor of each column of a tile: the static tensor [KH, D] or [KH, 1] of the format."""
-    channel = channels(width, split, odd)
+def across(x, TRANSPOSED: tl.constexpr):
+    """A vector as one row of a matrix; as one column of the transposed matrix."""
+    return x[:, None] if TRANSPOSED else x[None, :]
+
+
+@triton.jit
+def load_grid(rows, present, column, inside, TRANSPOSED: tl.constexpr):
+    """Elements [N, columns] from pointers to rows [N], and 0 those that are not `present` and `inside`.
+
+    If TRANSPOSED, they are [columns, N] from the start: Triton then reads shared memory the other way, while it would
+    move elements between threads to transpose what was decoded.
+    """
+    mask = down(present, TRANSPOSED) & across(inside, TRANSPOSED)
+    return tl.load(down(rows, TRANSPOSED) + across(column, TRANSPOSED), mask=mask, other=0)
+
+
+@triton.jit
+def load_channels(
+    rows, present, width: tl.constexpr, parts: tl.constexpr, part: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """A piece of a tile from pointers to rows [N]; 0 beyond `width` and where a row is not `present`."""
+    channel = channels(width, parts, part)
+    return load_grid(rows, present, channel, channel < width, TRANSPOSED)
+
+
+@triton.jit
+def load_static(static, head, form: tl.constexpr, width: tl.constexpr, parts: tl.constexpr, part: tl.constexpr):
+    """float32 factor of each column of a piece: the static tensor [KH, D] or [KH, 1] of the format."""
+    channel = channels(width, parts, part)
     if form == "nvfp4":
         # The 2^14 that `decode_e2m1` leaves out is applied here, where it cannot overflow.
         return tl.load(static + head + channel * 0) * 16384.0
@@ -93,7 +124,7 @@ def load_static(static, head, form: tl.constexpr, width: tl.constexpr, split: tl
 @triton.jit
 def load_tile(
     cache, batch, head, first, tokens: tl.constexpr, present, form: tl.constexpr, group: tl.constexpr,
-    align: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr, arch: tl.constexpr,
+    align: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr, arch: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Tokens of a cache as operands of type `dtype`.
 
@@ -107,34 +138,58 @@ def load_tile(
         width: head size.
         arch: see `skipstone.kernels.decoding`.
     Returns:
-        [N, half] with all channels, or with the even ones of a packed format; the same with the odd ones, or with all
-        again; and the scale of each token, float32 [N], or 1 where the format has none.
+        the `pieces` [N, columns], or [columns, N] if TRANSPOSED; and the scale of each token, float32 [N], or 1 where
+        the format has none.
     """
+    parts: tl.constexpr = pieces(form, align)
     codes = row_pointers(cache[0], batch, head, first, tokens, align[0])
-    if packed(form):
-        pairs_per_group: tl.constexpr = half(width, True) if form == "int4_channel" else group // 2
-        groups: tl.constexpr = half(width, True) // pairs_per_group
-        shape: tl.constexpr = (tokens, groups * pairs_per_group)
-        number = tl.arange(0, groups)
-        column = number[:, None] * pairs_per_group + tl.arange(0, pairs_per_group)[None, :]
-        inside = present[:, None, None] & (column < (width + 1) // 2)[None, :, :]
-        pairs = tl.load(codes[:, None, None] + column[None, :, :], mask=inside, other=0)
-        even, odd, token = _decode_groups(
-            cache, pairs, batch, head, first, tokens, present, number, form, group, align, width, dtype, arch
-        )
-        even, odd = tl.reshape(even, shape), tl.reshape(odd, shape)
+    token = 1.0
+    if token_scaled(form) and form != "mxfp4":
+        token = tl.load(row_pointers(cache[1], batch, head, first, tokens, align[1]), mask=present, other=0.0)
+    if form == "full":
+        tile = (load_channels(codes, present, width, 1, 0, TRANSPOSED).to(dtype),)
+    elif form == "int4_channel":
+        if parts == 4:
+            words = load_codes(codes.to(tl.pointer_type(tl.int16), bitcast=True), present, width, parts, TRANSPOSED)
+            first, second, third, fourth = decode_int4(words, arch)
+            tile = (first.to(dtype), second.to(dtype), third.to(dtype), fourth.to(dtype))
+        else:
+            first, second, third, fourth = decode_int4(
+                load_codes(codes, present, width, parts, TRANSPOSED).to(tl.int16), 0
+            )
+            tile = (first.to(dtype), second.to(dtype))
+    elif form == "int8_channel" or form == "int8_token" or form == "fp8_token":
+        if parts == 2:
+            words = load_codes(codes.to(tl.pointer_type(tl.int16), bitcast=True), present, width, parts, TRANSPOSED)
+            if form == "fp8_token":
+                first, second = decode_e4m3_pairs(words, arch)
+            else:
+                first, second = decode_int8(words, arch)
+            tile = (first.to(dtype), second.to(dtype))
+        else:
+            code = load_codes(codes, present, width, parts, TRANSPOSED)
+            code = decode_e4m3(code, arch) if form == "fp8_token" else code.to(tl.float16)
+            tile = (code.to(dtype),)
     else:
-        even = load_channels(codes, present, width, False, 0)
-        token = 1.0
-        if token_scaled(form):
-            token = tl.load(row_pointers(cache[1], batch, head, first, tokens, align[1]), mask=present, other=0.0)
-        if form == "fp8_token":
-            even = decode_e4m3(even, arch)
-        elif form != "full":
-            even = decode_int8(even, arch)
-        even = even.to(dtype)
-        odd = even
-    return even, odd, token
+        pairs_per_group: tl.constexpr = group // 2
+        groups: tl.constexpr = columns(width, 2) // pairs_per_group
+        shape: tl.constexpr = (tokens, columns(width, 2))
+        # The shape with groups is for the scales; threads read rows as they lie in memory.
+        pairs = tl.reshape(load_codes(codes, present, width, 2, False), (tokens, groups, pairs_per_group))
+        even, odd, token = _decode_groups(
+            cache, pairs, batch, head, first, tokens, present, tl.arange(0, groups), form, group, align, width, dtype,
+            arch,
+        )  # fmt: skip
+        even, odd = tl.reshape(even, shape), tl.reshape(odd, shape)
+        tile = (tl.trans(even), tl.trans(odd)) if TRANSPOSED else (even, odd)
+    return tile, token
+
+
+@triton.jit
+def load_codes(rows, present, width: tl.constexpr, parts: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Codes [N, columns] of `parts` channels each, from pointers to rows [N]; as `load_grid`."""
+    column = tl.arange(0, columns(width, parts))
+    return load_grid(rows, present, column, column < (width + parts - 1) // parts, TRANSPOSED)
 
 
 @triton.jit
@@ -145,24 +200,18 @@ def _decode_groups(
     """Even and odd channels, and scale of the token, of packed bytes [N, groups, bytes a group]."""
     token = 1.0
     number = number[None, :]
-    complete = present[:, None] & (number < width // group) if form != "int4_channel" else present
-    if form == "int4_channel":
-        even, odd = decode_int4(pairs, arch)
-        even, odd = even.to(dtype), odd.to(dtype)
-    elif form == "int4_group":
+    complete = present[:, None] & (number < width // group)
+    factor = tl.load(
+        row_pointers(cache[1], batch, head, first, tokens, align[1])[:, None] + number, mask=complete, other=0
+    )
+    if form == "int4_group":
         even, odd = decode_uint4(pairs, arch)
-        factor = tl.load(
-            row_pointers(cache[1], batch, head, first, tokens, align[1])[:, None] + number, mask=complete, other=0
-        )
         shift = tl.load(
             row_pointers(cache[2], batch, head, first, tokens, align[2])[:, None] + number, mask=complete, other=0
         )
         factor, shift = factor.to(dtype)[:, :, None], shift.to(dtype)[:, :, None]
-        even, odd = even.to(dtype) * factor + shift, odd.to(dtype) * factor + shift
+        even, odd = tl.fma(even.to(dtype), factor, shift), tl.fma(odd.to(dtype), factor, shift)
     else:
-        factor = tl.load(
-            row_pointers(cache[1], batch, head, first, tokens, align[1])[:, None] + number, mask=complete, other=0
-        )
         if form == "nvfp4":
             # An element times its block scale is exact in float16, up to the 2^-14 of `decode_e2m1` as well.
             factor = decode_e4m3(factor, arch)

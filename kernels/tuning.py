@@ -10,6 +10,10 @@ import torch
 import triton.language as tl
 
 from skipstone.kernels.call import Call
+from skipstone.kernels.launch import REGISTERS
+
+PROCESSOR_REGISTERS = 65536
+"""Of 32 bits, on sm_80 and sm_90."""
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -19,31 +23,42 @@ class Tile:
     """What one program works on at a time.
 
     Attributes:
-        rows: queries times heads of a group, a power of two, at least 16.
+        rows: queries times heads of a group, a power of two, at least 16, or 8 if keys_first.
         keys: tokens of the cache, a power of two, at least 16.
         warps: threads / 32.
         stages: of the software pipeline.
+        keys_first: whether keys, not queries, are the rows of matrix products, see `skipstone.kernels.softmax`.
+        programs: how many of them a processor runs at a time.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    keys_first: bool = False
+    programs: int = 2
+
+    @property
+    def registers(self) -> int:
+        """As many as a thread can have if so many programs run at a time on a processor."""
+        return min(REGISTERS, PROCESSOR_REGISTERS // (self.programs * self.warps * 32) // 8 * 8)
 
 
 # Products of float32 numbers are three of their halves, which takes the registers of more rows.
-FLOAT32 = Tile(16, 16, 8, 2)
+FLOAT32 = Tile(16, 16, 8, 2, programs=1)
 
 
 def decode_tile(call: Call) -> Tile:
-    """The tile of `decode_attention`: a stage is worked on while two come from memory, which is what limits it."""
+    """The tile of `decode_attention`."""
+    rows = call.group * call.queries
+    if rows > 16:
+        return FLOAT32 if call.q.dtype == torch.float32 else Tile(32, 32, 8, 3, programs=1)
+    rows = 8 if rows <= 8 else 16
     if call.q.dtype == torch.float32:
-        return FLOAT32
-    # All warps of a program hold its queries, so that more rows or channels take registers of more threads: eight warps
-    # at a time on a processor, as two programs or as one.
-    if widest(call) > 128:
-        return Tile(16, 32, 8, 3)
-    return Tile(16, 64, 4, 3) if call.group * call.queries <= 16 else Tile(32, 32, 8, 3)
+        return Tile(rows, 32, 8, 2, keys_first=True, programs=1)
+    # A program of one warp waits for no other. What does not fit its registers is for two or four.
+    warps = max(1, rows // 8, 2 if call.k_format == "full" else 1) * (2 if widest(call) > 128 else 1)
+    return Tile(rows, 32, warps, 3, keys_first=True, programs=8 // warps)
 
 
 def prefill_tile(call: Call) -> Tile:
@@ -79,4 +94,5 @@ def constants(call: Call, tile: Tile) -> Mapping[str, Any]:
         "RING": ring,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
+        "KEYS_FIRST": tile.keys_first,
     }

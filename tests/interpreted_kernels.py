@@ -61,6 +61,12 @@ def test_groups_and_head_sizes(form: str, group: int, width: int) -> None:
     check(form, [[9, 5], [1, 1]], group=group, width=width)
 
 
+@pytest.mark.parametrize(("form", "width"), [("int8_token", 65), ("fp8_token", 65), ("int4_channel", 66)])
+def test_rows_of_an_odd_number_of_bytes(form: str, width: int) -> None:
+    """Nothing wider than a byte can be read from them."""
+    check(form, [[9, 5], [1, 1]], width=width, kv_heads=1)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("form", ["int8_token", pytest.param("int4_group", marks=pytest.mark.slow)])
 def test_lengths_around_block_edges(form: str, length: int) -> None:
