@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from skipstone import QuantizeKV, SkipFFNAdaptive, SkipSublayers
 from skipstone.errors import InvalidInput, Unsupported
 from skipstone.ir.capture.huggingface import capture_huggingface
-from skipstone.ir.dialect import CACHED_ATTENTION, GATE, PREDICATED_LINEAR
+from skipstone.ir.dialect import CACHED_ATTENTION, EXPERTS, GATE, PREDICATED_LINEAR, SKIP_PREDICATE
 from skipstone.ir.experts import Activation, Layout, experts_reference
 from skipstone.ir.program import Program, Role
 from skipstone.optimize import optimize, rewrite
@@ -28,7 +28,7 @@ from skipstone.runtime.executable import Executable
 from skipstone.runtime.triton import cache as pools
 from skipstone.runtime.triton import compiled
 from skipstone.runtime.triton.experts import gathered_experts
-from skipstone.runtime.triton.lower import TWIN, check_kernels, lower
+from skipstone.runtime.triton.lower import _PLAIN, TWIN, check_kernels, decode_graph, lower
 from skipstone.runtime.triton.session import TritonSession
 from tests import models
 
@@ -92,16 +92,19 @@ def assert_same_steps(ours: Any, eager: Any, batch: int, length: int, seed: int 
 # ------------------------------------------------------------------------------------------------------------- lowering
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.usefixtures("uncompiled")
-def test_plans_give_what_the_eager_target_gives(plan: str) -> None:
-    assert_same_steps(*both(rewritten("llama", plan)), batch=2, length=7)
+def test_plans_give_what_the_eager_target_gives(plan: str, batch: int) -> None:
+    assert_same_steps(*both(rewritten("llama", plan)), batch, length=7)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gpt_oss"])
 @pytest.mark.usefixtures("uncompiled")
 def test_models_give_what_the_eager_target_gives(name: str) -> None:
-    assert_same_steps(*both(rewritten(name)), batch=3, length=12)
+    ours, eager = both(rewritten(name))
+    for batch in (1, 3):
+        assert_same_steps(ours, eager, batch, length=12)
 
 
 def test_caches_are_written_in_place_and_nothing_else_changes() -> None:
@@ -117,6 +120,23 @@ def test_caches_are_written_in_place_and_nothing_else_changes() -> None:
 def test_gates_become_linear_layers_that_obey() -> None:
     program = rewritten("llama", "adaptive")
     assert any(True for _ in program.nodes(PREDICATED_LINEAR)) and not any(True for _ in program.nodes(GATE))
+
+
+def test_plain_forms_are_their_operators() -> None:
+    before, after, other = torch.randn(3, 2, 5, 8)
+    skip, start, decode_start = torch.rand(2, 5) < 0.5, torch.tensor([3, 0]), torch.tensor([4, 2])
+    calls: dict[Any, Any] = {
+        GATE: ((other, skip), {}),
+        SKIP_PREDICATE: ((before, after, start, decode_start, skip), {"threshold": 0.0, "warmup_tokens": 1}),
+    }
+    for operator, (operands, options) in calls.items():
+        assert torch.equal(_PLAIN[operator](*operands, **options), operator(*operands, **options))
+
+
+def test_single_tokens_find_their_experts_on_the_device() -> None:
+    lowered = lower(rewritten("gpt_oss"))
+    assert any(True for _ in lowered.nodes(EXPERTS)), "a prompt has too many tokens for that"
+    assert not any(node.target is EXPERTS for node in decode_graph(lowered).nodes)
 
 
 def test_a_bias_of_the_logits_through_a_cache_is_refused() -> None:
@@ -239,6 +259,7 @@ def test_buffers_are_used_again_once_nobody_has_them() -> None:
     assert places(mine.new_cache(1, 20)) != before, "the batch is another"
     again = mine.new_cache(2, 20)
     assert places(again) == before and not any(buffer.any() for buffer in again.buffers.values())
+    assert not places(mine.new_cache(2, 20)) & before, "the same buffers were leased twice"
 
 
 def test_few_buffers_are_kept_idle() -> None:
@@ -256,15 +277,15 @@ def test_steps_are_made_once_for_each_set_of_buffers(monkeypatch: pytest.MonkeyP
     made = []
 
     class Counted(sessions.StaticStep):
-        def __init__(self, *operands: Any) -> None:
-            made.append(None)
-            super().__init__(*operands)
+        def __init__(self, step: Any, values: Any, *others: Any) -> None:
+            made.append(values["input_ids"].shape)
+            super().__init__(step, values, *others)
 
     monkeypatch.setattr(sessions, "StaticStep", Counted)
     ours, eager = both(rewritten("llama"))
     for _ in range(2):
         assert_same_steps(ours, eager, batch=2, length=7)
-        assert len(made) == 1
+        assert made == [(2, 1)]
     ids = models.tokens(2, 7)
     options = {"num_beams": 3, "max_new_tokens": 20, "do_sample": False}
     assert torch.equal(ours.generate(ids, **options), eager.generate(ids, **options))
