@@ -119,6 +119,7 @@ class Program:
         history: what has been done to the program, in order.
         continuations: programs that go on with a sequence once its prompt is read, over some of this one's slots; the
             output of role ``CHOICE`` says which. Without any, the program itself goes on.
+        moved: tensors of the captured model whose values lie in a stack now, by their names, as views of it.
     """
 
     module: fx.GraphModule
@@ -131,6 +132,7 @@ class Program:
     calibration: dict[str, Tensor] = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
     continuations: tuple[Program, ...] = ()
+    moved: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -215,9 +217,19 @@ class Program:
         return {name: self.tensor(name) for name in names}
 
     def weight_bytes(self) -> int:
-        """Bytes of the tensors that the graph reads; shared storage is counted once."""
-        seen = {(t.untyped_storage().data_ptr(), t.storage_offset(), t.shape): t for t in self.tensors().values()}
-        return sum(t.numel() * t.element_size() for t in seen.values())
+        """Bytes of the tensors that the graph reads; what several tensors share is counted once."""
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for tensor in self.tensors().values():
+            start = int(tensor.storage_offset()) * tensor.element_size()
+            own = spans.setdefault(tensor.untyped_storage().data_ptr(), [])
+            own.append((start, start + tensor.numel() * tensor.element_size()))
+        total = 0
+        for own in spans.values():
+            reached = 0
+            for start, stop in sorted(own):
+                total += max(stop - max(start, reached), 0)
+                reached = max(reached, stop)
+        return total
 
     def input(self, role: Role, slot: int | None = None, part: str = "codes") -> fx.Node | None:
         """The placeholder of that role (and slot, and part of it), or None."""

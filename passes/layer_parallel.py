@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
+from skipstone.ir.lanes import LANE, STATE, GroupName, Place, State
 from skipstone.ir.program import Program, provenance
 from skipstone.ir.regions import Region, behind, cut
 from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer, original_layers
@@ -179,8 +180,8 @@ class LayerParallel(Pass):
         evaluated: list[fx.Node] = []
         with provenance(program, self.name, like=last.exit), program.graph.inserting_before(last.exit.next):
             start = _State(first.entry, _wide(program, first.entry))
-            for stage in stages:
-                trace = _iterate(program, stage, start, segment, evaluated)
+            for number, stage in enumerate(stages):
+                trace = _iterate(program, stage, start, segment, number, evaluated)
                 start = trace[-1]
                 if len(stages) == 1:
                     for region, state in zip(stage, trace, strict=True):
@@ -275,15 +276,19 @@ def _refuse_readers(segment: Segment, regions: Sequence[Region]) -> None:
 
 
 def _iterate(
-    program: Program, regions: Sequence[Region], start: _State, segment: Segment, evaluated: list[fx.Node]
+    program: Program, regions: Sequence[Region], start: _State, segment: Segment, stage: int, evaluated: list[fx.Node]
 ) -> list[_State]:
     """The states behind each region after all iterations; `evaluated` gets the results of the regions themselves."""
     before = [start] * (len(regions) + 1)
+    corrections = {"identity": "identity", "zero": "none"}
     for iteration in range(segment.iterations):
+        correction: Any = corrections.get(segment.surrogate, "path")
+        group = GroupName(segment.start, segment.stop, stage, iteration, correction)
         after = list(before)  # the first `iteration` states are final
         for number in range(iteration, len(regions)):
             region = regions[number]
             copies = _evaluate(program, region, before[number].value)
+            _note_lane(group, number, region, copies)
             result = copies[region.exit]
             evaluated.append(result)
             after[number + 1] = _State(result, _wide(program, result))
@@ -296,6 +301,8 @@ def _iterate(
                 wide = program.call(aten.add.Tensor, after[number + 1].wide, change)
                 wide.meta[PARALLEL] = ()
                 after[number + 1] = _State(_cast(program, wide, result.meta["val"].dtype), wide)
+            for state in (after[number + 1].value, after[number + 1].wide):
+                state.meta[STATE] = State(group, number, wide=state is after[number + 1].wide)
         before = after
     return before[1:]
 
@@ -309,6 +316,12 @@ def _evaluate(program: Program, region: Region, entry: fx.Node) -> dict[fx.Node,
         add = copies[sublayer.add]
         add.meta[PARALLEL] = (*add.meta.get(PARALLEL, ()), str(sublayer.kind))
     return copies
+
+
+def _note_lane(group: GroupName, number: int, region: Region, copies: Mapping[fx.Node, fx.Node]) -> None:
+    for place, node in enumerate(region.nodes):
+        read = node.all_input_nodes
+        copies[node].meta[LANE] = Place(group, number, place, read.index(region.entry) if region.entry in read else -1)
 
 
 def _along(program: Program, path: SkipPath, change: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from skipstone.find import find_skip_by_prompt as find_skip_by_prompt
     from skipstone.masking import mask_tokens as mask_tokens
     from skipstone.optimize import optimize as optimize
+    from skipstone.passes.fuse_parallel import FuseParallel as FuseParallel
     from skipstone.passes.layer_parallel import LayerParallel as LayerParallel
     from skipstone.passes.layer_parallel import Segment as Segment
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
@@ -39,6 +40,7 @@ _HOME = {
     "Certificate": "skipstone.budget",
     "Executable": "skipstone.runtime.executable",
     "FormatChoice": "skipstone.passes.quantize_kv",
+    "FuseParallel": "skipstone.passes.fuse_parallel",
     "LayerParallel": "skipstone.passes.layer_parallel",
     "Plan": "skipstone.plan",
     "QuantizeKV": "skipstone.passes.quantize_kv",

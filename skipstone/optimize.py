@@ -30,6 +30,7 @@ from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
+from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.predicate_ffn import PredicateFFN
@@ -38,11 +39,14 @@ from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.plan import Plan
 from skipstone.report import Conversion, Footprint, Report, Stage
+from skipstone.reuse import move_parameters
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.session import ProgramSession, Session
 
 BEHIND_CACHE = (SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
 """Entries of a plan that work on programs with a cache."""
+SIDE_BY_SIDE = (LayerParallel, FuseParallel)
+"""Those that make attentions of their own, each of which then gets its slot."""
 
 _DEVICES = {"onnxruntime": "cpu", "triton": "cuda"}
 """The device that each target is for; the first of a device is what ``"auto"`` takes there."""
@@ -62,13 +66,14 @@ def optimize(
     max_length: int | None = None,
     threads: int | None = None,
     cache: bool = True,
+    reuse_model: bool = False,
     strict: bool = True,
     progress: bool = True,
 ) -> Executable:
     """Capture `model`, rewrite it as `plan` says, and lower it to an executable.
 
     Args:
-        model: a Hugging Face model or any `nn.Module`, in evaluation mode. It is left untouched.
+        model: a Hugging Face model or any `nn.Module`, in evaluation mode. It is left untouched, but for `reuse_model`.
         plan: the rewrites; None or an empty plan changes nothing but the way it runs.
         calibration: token batches that static scales and the conditioning of keys and values are measured on: integer
             tensors [B, S], or mappings with `input_ids` and `attention_mask`. A plan that was calibrated before brings
@@ -84,6 +89,8 @@ def optimize(
         threads: threads to compute with (default: the runtime's own choice).
         cache: whether to decode through a KV cache. Where a cache would not be exact the executable comes without one,
             and `Executable.cache_refusal` says why.
+        reuse_model: whether parameters that the plan stacks (`FuseParallel`) become views of the stacks, so that they
+            are in memory once. The model goes on to work as before. Weights that took over gains are copies still.
         strict: verify the program after every pass, and refuse a plan entry that applies nowhere.
         progress: show a progress bar.
     Returns:
@@ -148,6 +155,8 @@ def optimize(
 
     executable = build(plan) if budget is None else _build_within(budget, build, captured, plan, batches, stages)
     stages.close()
+    if reuse_model:  # last: the model stays as it is where anything fails
+        move_parameters(model, captured, executable.session.program)
     return executable
 
 
@@ -203,13 +212,13 @@ def rewrite(
     note_layers(program)
     before: list[Pass] = [CastToFloat32()] if target == "onnxruntime" and _is_half(program) else []
     quantize = _quantization(plan)
-    first = [entry for entry in plan if not isinstance(entry, (LayerParallel, *BEHIND_CACHE))]
+    first = [entry for entry in plan if not isinstance(entry, (*SIDE_BY_SIDE, *BEHIND_CACHE))]
     program = Pipeline([*before, Cleanup(), *first], strict).run(program)
     program.calibration = dict(plan.tensors)
     if quantize is not None:
         program = prepare_quantization(program, quantize, batches, strict, progress)
     for entry in plan:
-        if isinstance(entry, LayerParallel):
+        if isinstance(entry, SIDE_BY_SIDE):
             program = run_pass(entry, program, strict)
     if quantize is not None and batches:
         program.calibration |= measure(program, batches, QuantizeKV.name, progress)

@@ -27,6 +27,7 @@ from torch import Tensor
 from skipstone.budget import Certificate
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.base import Pass
+from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.skip_by_prompt import SkipByPrompt
@@ -38,7 +39,14 @@ VERSION = 1
 TENSORS = ".safetensors"
 
 # Every pass that may stand in a plan, in the order in which they run.
-ENTRIES: tuple[type[Pass], ...] = (SkipSublayers, LayerParallel, SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
+ENTRIES: tuple[type[Pass], ...] = (
+    SkipSublayers,
+    LayerParallel,
+    FuseParallel,
+    SkipByPrompt,
+    SkipFFNAdaptive,
+    QuantizeKV,
+)
 
 
 @dataclass(frozen=True)

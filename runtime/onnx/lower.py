@@ -126,6 +126,12 @@ class _OnnxForms(fx.Interpreter):
         self.halves: dict[Tensor, Tensor] = {}
         self.bounds: dict[tuple[Any, ...], Tensor] = {}
 
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch.ops.aten.matmul.default and (weight := _transposed_weight(n)) is not None:
+            x, stack = self.env[n.args[0]], self.env[weight]  # type: ignore[index]
+            return _linear(x, stack)
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         match target:
             case torch.ops.aten.linear.default if args[1].dim() == 2:
@@ -261,14 +267,28 @@ class _OnnxForms(fx.Interpreter):
         return list(out)
 
 
+def _transposed_weight(product: fx.Node) -> fx.Node | None:
+    """The stack of weights [N, F, D] that a product with values [N, rows, D] reads transposed, if it does."""
+    x, factor = product.args[:2]
+    transposes = isinstance(factor, fx.Node) and factor.target is torch.ops.aten.transpose.int
+    if not transposes or not isinstance(x, fx.Node) or x.meta["val"].ndim != 3:
+        return None
+    weight, *axes = factor.args  # type: ignore[union-attr]
+    is_stack = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.meta["val"].ndim == 3
+    return weight if is_stack and axes == [1, 2] else None  # type: ignore[return-value]
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` that reads the weight as it lies in memory; torch.onnx would make a transposed copy."""
+    """``x @ weight.T + bias`` that reads the weight as it lies in memory; torch.onnx would make a transposed copy.
+
+    Of a stack of weights [N, F, D], each one is for its own rows [N, rows, D].
+    """
     product = torch.onnx.ops.symbolic(
         f"{MICROSOFT}::FusedMatMul",
         (x, weight),
         {"transB": 1},
         dtype=x.dtype,
-        shape=(*x.shape[:-1], weight.shape[0]),
+        shape=(*x.shape[:-1], weight.shape[-2]),
         version=1,
     )
     return product if bias is None else product + bias

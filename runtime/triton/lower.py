@@ -67,6 +67,8 @@ def decode_graph(program: Program) -> fx.Graph:
             node.target = gathered_experts
         elif node.target is aten.linear.default:
             node.target = _linear
+        elif node.target is aten.matmul.default:
+            node.target = _matmul
     return graph
 
 
@@ -100,6 +102,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result = result if bias is None else result + bias.to(exact)
         return result.to(x.dtype).reshape(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
+
+
+def _matmul(x: Tensor, factor: Tensor) -> Tensor:
+    """A product; of a stack of single rows and one of matrices, [N, 1, D] and [N, D, F], a sum like `_linear`."""
+    if x.dim() == factor.dim() == 3 and x.shape[1] == 1:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(exact) * factor.mT.to(exact)).sum(dim=-1).to(x.dtype).unsqueeze(1)
+    return torch.matmul(x, factor)
 
 
 def _returned(program: Program) -> list[fx.Node]:
