@@ -8,7 +8,7 @@ notes, and `alike` says whether lanes do the same: then they can be computed as 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,10 @@ LANE = "lane"
 
 STATE = "lane_state"
 """Metadata of a state of the stream behind a lane: a `State`."""
+
+START = "lanes_start"
+"""Metadata of the state before the first lane of an iteration other than the first, in the dtype of the corrections:
+the `GroupName` of that iteration."""
 
 APART = ("slot", "kind", "window")
 """Settings of attentions that may differ between lanes that are alike."""
@@ -65,11 +69,10 @@ class Place:
 
 @dataclass(frozen=True)
 class State:
-    """The state behind a lane of a group, corrected: as layers read it, or in the dtype of the corrections."""
+    """The state behind a lane of a group, corrected."""
 
     group: GroupName
     lane: int
-    wide: bool
 
 
 @dataclass(frozen=True)
@@ -113,20 +116,21 @@ def groups(program: Program) -> list[Group]:
     """The groups of a program, in graph order."""
     nodes: dict[GroupName, dict[int, list[fx.Node]]] = {}
     states: dict[tuple[GroupName, int], list[fx.Node]] = {}
+    starts: dict[GroupName, fx.Node] = {}
     for node in program.graph.nodes:
         if place := node.meta.get(LANE):
             nodes.setdefault(place.group, {}).setdefault(place.lane, []).append(node)
         if state := node.meta.get(STATE):
             states.setdefault((state.group, state.lane), []).append(node)
+        if name := node.meta.get(START):
+            starts[name] = node
     found = []
     for name, members in nodes.items():
         lanes = tuple(
             Lane(number, _entry(own), tuple(own), tuple(states.get((name, number), own[-1:])))
             for number, own in sorted(members.items())
         )
-        before = states.get((replace(name, iteration=name.iteration - 1), lanes[0].number - 1), [])
-        start = next((node for node in before if node.meta[STATE].wide), lanes[0].entry)
-        found.append(Group(name, lanes, start))
+        found.append(Group(name, lanes, starts.get(name, lanes[0].entry)))
     return found
 
 

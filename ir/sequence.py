@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION, EXPERTS, Kind
+from skipstone.ir.dialect import ATTENTION, EXPERTS, GATE, Kind
 from skipstone.ir.einsum import summed
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
@@ -222,6 +222,9 @@ class _Analysis:
             return self._judge_index(node)
         if target is aten.one_hot.default:
             return ""
+        if target is GATE:  # one decision a row
+            alike = all(self._axes(operand) == self._axes(node) for operand in node.all_input_nodes)
+            return "" if alike else f"{_name(node)} meets the sequence in two different dimensions"
         if target is EXPERTS:  # one row a token in each of its operands
             return self._judge_broadcast(node, inputs)
         if target in _IN_PLACE:

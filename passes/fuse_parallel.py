@@ -22,7 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from skipstone.ir.lanes import STATE, Group, Lane, NotAlike, Operator, Pack, align, groups
+from skipstone.ir.dialect import GATE
+from skipstone.ir.gates import spared
+from skipstone.ir.lanes import START, STATE, Group, Lane, NotAlike, Operator, Pack, align, groups
 from skipstone.ir.program import Program, module_path, provenance
 from skipstone.ir.stream import PARALLEL
 from skipstone.ir.surrogate import COPIES, RESHAPES, SCALINGS, SUMS
@@ -65,6 +67,9 @@ class FuseParallel(Pass):
             made = weights.bytes - before
             remarks.append(self.applied(where, f"{len(group.lanes)} side by side as one", stacked_bytes=made))
         program.recompile()
+        for gate in program.nodes(GATE):
+            for node in spared(gate):
+                gate.prepend(node)  # parts of a trace may stand before the decision
         remarks += self._fuse_siblings(program, weights)
         program.moved = {**program.moved, **weights.moved}
         return remarks or [self.missed("model", "nothing runs side by side")]
@@ -133,8 +138,7 @@ class _Fusion:
                     new = casts.setdefault(dtype, _cast(self.program, result, dtype))
                     if not last_alone:
                         new = self.program.call(aten.select.int, new, 0, number)
-                    if STATE in old.meta:
-                        new.meta[STATE] = old.meta.pop(STATE)
+                    new.meta |= {key: old.meta.pop(key) for key in (STATE, START) if key in old.meta}
                     old.replace_all_uses_with(new, delete_user_cb=lambda user: user in self.behind)
 
     def _last(self) -> fx.Node:

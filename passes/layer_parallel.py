@@ -11,6 +11,7 @@ whatever A_l is, so N iterations are the model itself. SNLP (arXiv 2605.17842).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from typing import Any, ClassVar, Literal, NoReturn
 import torch
 from torch import fx
 
+from skipstone.ir.dialect import GATE
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
-from skipstone.ir.lanes import LANE, STATE, GroupName, Place, State
+from skipstone.ir.gates import spared
+from skipstone.ir.lanes import LANE, START, STATE, GroupName, Place, State
 from skipstone.ir.program import Program, provenance
 from skipstone.ir.regions import Region, behind, cut
 from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer, original_layers
@@ -51,6 +54,8 @@ class Segment:
             function of the stream (a gate, mixing matrices that each token makes for itself); the function's value in
             the iteration is taken for a constant. "identity": one, also where the skip path scales or mixes. "zero":
             nothing, which is Jacobi's iteration.
+        tolerance: from the third iteration on, a token goes without whose last state changed in the iteration before by
+            at most this share of its size; what none of the tokens needs is not computed. 0 for all iterations.
     """
 
     start: int
@@ -58,6 +63,7 @@ class Segment:
     iterations: int = 1
     unit: Unit = "layer"
     surrogate: Surrogate = "auto"
+    tolerance: float = 0.0
 
     def __str__(self) -> str:
         return f"layer {self.start}" if self.stop == self.start + 1 else f"layers {self.start} to {self.stop - 1}"
@@ -74,6 +80,11 @@ class Segment:
         if self.iterations < 1:
             problem = f"layer_parallel: {self} with {self.iterations} iterations."
             raise InvalidPlan(problem, hint="The nearest is 1.")
+        if not 0 <= self.tolerance < math.inf:
+            raise InvalidPlan(f"layer_parallel: {self} with the tolerance {self.tolerance}.", hint="The nearest is 0.")
+        if self.tolerance and self.iterations < 3:
+            problem = f"layer_parallel: {self} with a tolerance and {self.iterations} iterations."
+            raise InvalidPlan(problem, hint="It takes the third and later ones away: set 'iterations' to 3 or more.")
         if self.unit == "layer":
             self.limit(self.stop - self.start, "layers")
         if self.unit == "two_stage":
@@ -166,7 +177,8 @@ class LayerParallel(Pass):
         units = sum(map(len, stages))
         path = _surrogate(segment, [region.skip for stage in stages for region in stage])
         unit = {"layer": "layer", "sublayer": "sublayer", "two_stage": "sublayer in two stages"}[segment.unit]
-        why = f"{units} x {unit}, iterations {segment.iterations}, surrogate {path}, {evaluations} evaluations"
+        most = f"at most {segment.iterations}" if segment.tolerance else str(segment.iterations)
+        why = f"{units} x {unit}, iterations {most}, surrogate {path}, {evaluations} evaluations"
         depth = segment.iterations * len(stages)
         return self.applied(str(segment), why, units=units, depth=depth, evaluations=evaluations)
 
@@ -224,6 +236,9 @@ def _stages(program: Program, segment: Segment) -> tuple[tuple[Region, ...], ...
     before = groups[0][0].index - 1
     entry = stream.entry if before < 0 else behind(stream.sublayers[before].add, stream.entry)
     at_iterate = segment.surrogate == "at_iterate"
+    if segment.tolerance and entry.meta["val"].ndim != 3:
+        feature = f"layer_parallel with a tolerance, of states that are no rows of tokens ({entry.name})"
+        raise Unsupported(feature, where=groups[0][0].path, hint="Leave out 'tolerance'.")
     if segment.unit == "layer":
         return (cut(program, groups, entry, at_iterate),)
     regions = cut(program, [part for group in groups for part in _by_addition(group)], entry, at_iterate)
@@ -281,9 +296,14 @@ def _iterate(
     """The states behind each region after all iterations; `evaluated` gets the results of the regions themselves."""
     before = [start] * (len(regions) + 1)
     corrections = {"identity": "identity", "zero": "none"}
+    previous, settled = before, None
     for iteration in range(segment.iterations):
         correction: Any = corrections.get(segment.surrogate, "path")
         group = GroupName(segment.start, segment.stop, stage, iteration, correction)
+        if iteration:
+            before[iteration].wide.meta[START] = group
+        if segment.tolerance and iteration > 1:  # before all that it spares
+            settled = _settled(program, segment.tolerance, before[-1], previous[-1], settled)
         after = list(before)  # the first `iteration` states are final
         for number in range(iteration, len(regions)):
             region = regions[number]
@@ -302,9 +322,38 @@ def _iterate(
                 wide.meta[PARALLEL] = ()
                 after[number + 1] = _State(_cast(program, wide, result.meta["val"].dtype), wide)
             for state in (after[number + 1].value, after[number + 1].wide):
-                state.meta[STATE] = State(group, number, wide=state is after[number + 1].wide)
-        before = after
+                state.meta[STATE] = State(group, number)
+        if settled is not None:
+            after[iteration + 1 :] = _kept(program, settled, before[iteration + 1 :], after[iteration + 1 :])
+        previous, before = before, after
     return before[1:]
+
+
+def _settled(program: Program, tolerance: float, new: _State, old: _State, before: fx.Node | None) -> fx.Node:
+    """bool [B, S]: the tokens whose last state hardly changed in an iteration, this one or an earlier one."""
+    change = program.call(aten.sub.Tensor, new.wide, old.wide)
+    size, step = (program.call(aten.linalg_vector_norm.default, each, 2, [-1]) for each in (new.wide, change))
+    reached = program.call(aten.le.Tensor, step, program.call(aten.mul.Tensor, size, tolerance))
+    return reached if before is None else program.call(aten.bitwise_or.Tensor, reached, before)
+
+
+def _kept(program: Program, settled: fx.Node, before: Sequence[_State], after: Sequence[_State]) -> list[_State]:
+    """States that stay what they were where tokens have settled. One gate spares all that the new ones need."""
+    old, new = (
+        program.call(aten.cat.default, [state.wide for state in states], -1) if len(states) > 1 else states[0].wide
+        for states in (before, after)
+    )
+    gated = program.call(GATE, new, settled)
+    for node in spared(gated):
+        gated.prepend(node)  # parts of the states before may stand before the decision
+    whole = program.call(aten.where.self, program.call(aten.unsqueeze.default, settled, -1), old, gated)
+    kept, width = [], int(after[0].wide.meta["val"].shape[-1])
+    for number, state in enumerate(after):
+        wide = whole
+        if len(after) > 1:
+            wide = program.call(aten.slice.Tensor, whole, -1, number * width, (number + 1) * width)
+        kept.append(_State(_cast(program, wide, state.value.meta["val"].dtype), wide))
+    return kept
 
 
 def _evaluate(program: Program, region: Region, entry: fx.Node) -> dict[fx.Node, fx.Node]:
