@@ -20,6 +20,7 @@ from skipstone.ir.dialect import ATTENTION
 from skipstone.ir.lanes import NotAlike, Operator, Pack
 from skipstone.ir.program import Program
 from skipstone.ir.stream import PARALLEL
+from skipstone.passes.stacked_attention import attend
 from skipstone.passes.stacked_weights import StackedWeights
 
 aten = torch.ops.aten
@@ -103,8 +104,8 @@ class Stacked:
         """The value with the lanes along its first axis, whether they differ or not."""
         if value.stacked:
             return value.node
-        wide = self._call(aten.unsqueeze.default, value.node, 0)
-        return self._call(aten.expand.default, wide, [self.lanes, *[-1] * value.node.meta["val"].ndim])
+        wide = self.call(aten.unsqueeze.default, value.node, 0)
+        return self.call(aten.expand.default, wide, [self.lanes, *[-1] * value.node.meta["val"].ndim])
 
     def total(self, pack: Pack, dtype: torch.dtype) -> fx.Node:
         """The sum over all lanes of what they read, in a dtype; raises like `at`."""
@@ -112,8 +113,8 @@ class Stacked:
             return self._cast(self._joint_projection(self.operators[pack.place]), dtype)
         value = self.read(pack)
         if not value.stacked:
-            return self._call(aten.mul.Tensor, self._cast(value.node, dtype), self.lanes)
-        return self._call(aten.sum.dim_IntList, self._cast(value.node, dtype), [0])
+            return self.call(aten.mul.Tensor, self._cast(value.node, dtype), self.lanes)
+        return self.call(aten.sum.dim_IntList, self._cast(value.node, dtype), [0])
 
     # Rules
 
@@ -125,7 +126,7 @@ class Stacked:
         if target is ADDMM:
             return self._addmm
         if target is ATTENTION:
-            return self._attention
+            return lambda place: Value(*attend(self, self.operators[place]))
         if target is aten.cat.default:
             return self._cat
         if target in (aten.type_as.default,):
@@ -152,7 +153,7 @@ class Stacked:
             value = values[id(arg)]
             return self.raised(value.node, rank + 1) if value.stacked else value.node
 
-        node = self._call(each.target, *map(aligned, each.args), **each.nodes[0].kwargs)
+        node = self.call(each.target, *map(aligned, each.args), **each.nodes[0].kwargs)
         if any(PARALLEL in other.meta for other in each.nodes):
             node.meta[PARALLEL] = ()
         return Value(node, stacked)
@@ -160,7 +161,7 @@ class Stacked:
     def raised(self, node: fx.Node, rank: int) -> fx.Node:
         """A stack of values of a lower rank than others that it broadcasts with."""
         while node.meta["val"].ndim < rank:
-            node = self._call(aten.unsqueeze.default, node, 1)
+            node = self.call(aten.unsqueeze.default, node, 1)
         return node
 
     def _counted(self, place: int) -> Value:
@@ -177,7 +178,7 @@ class Stacked:
         if each.target is aten.permute.default and value.stacked:
             rest[0] = [0, *rest[0]]
         rest = [arg.nodes[0] if isinstance(arg, Pack) else arg for arg in rest]
-        return Value(self._call(each.target, value.node, *rest, **each.nodes[0].kwargs), value.stacked)
+        return Value(self.call(each.target, value.node, *rest, **each.nodes[0].kwargs), value.stacked)
 
     def _sized(self, place: int) -> Value:
         """Reshapes, whose sizes are numbers or, for open ones, common values."""
@@ -186,19 +187,19 @@ class Stacked:
         value = self.read(source)
         found = [size.nodes[0] if isinstance(size, Pack) else size for size in sizes]
         if not value.stacked:
-            return Value(self._call(each.target, value.node, found), stacked=False)
+            return Value(self.call(each.target, value.node, found), stacked=False)
         node = self.raised(value.node, len(found) + 1) if each.target is aten.expand.default else value.node
         target = each.target if each.target is aten.expand.default else aten.reshape.default
-        return Value(self._call(target, node, [self.lanes, *found]), stacked=True)
+        return Value(self.call(target, node, [self.lanes, *found]), stacked=True)
 
     def _cat(self, place: int) -> Value:
         each = self.operators[place]
         values = [self.read(pack) for pack in each.args[0]]
         dim = each.args[1] if len(each.args) > 1 else 0
         if not any(value.stacked for value in values):
-            return Value(self._call(each.target, [value.node for value in values], dim), stacked=False)
+            return Value(self.call(each.target, [value.node for value in values], dim), stacked=False)
         parts = [self.stacked(value) for value in values]
-        return Value(self._call(each.target, parts, _counted_further(dim)), stacked=True)
+        return Value(self.call(each.target, parts, _counted_further(dim)), stacked=True)
 
     def _type_as(self, place: int) -> Value:
         each = self.operators[place]
@@ -208,20 +209,21 @@ class Stacked:
     def _norm(self, place: int) -> Value:
         """A norm without its gain and bias, which follow: they may differ between lanes."""
         each = self.operators[place]
-        value = self.read(each.args[0])
-        node, stacked = self._plain_norm(each, value.node), value.stacked
+        plain = self._plain(each)
+        node, stacked = plain.node, plain.stacked
         for arg, join in zip(each.args[2:4], (aten.mul.Tensor, aten.add.Tensor), strict=False):
             if isinstance(arg, Pack):
                 own = self.read(arg)
                 stacked = stacked or own.stacked
                 part = self.raised(own.node, each.value.ndim + 1) if own.stacked else own.node
-                node = self._call(join, node, part)
+                node = self.call(join, node, part)
         return Value(node, stacked)
 
-    def _plain_norm(self, each: Operator, x: fx.Node) -> fx.Node:
-        if each.target is aten.rms_norm.default:
-            return self._call(each.target, x, each.args[1], None, *each.args[3:])
-        return self._call(each.target, x, each.args[1], None, None, *each.args[4:])
+    def _plain(self, each: Operator) -> Value:
+        """A norm without gain and bias."""
+        x, own = self.read(each.args[0]), each.args
+        options = (None, *own[3:]) if each.target is aten.rms_norm.default else (None, None, *own[4:])
+        return Value(self.call(each.target, x.node, own[1], *options), x.stacked)
 
     def _linear(self, place: int) -> Value:
         """Projections of one value, of all lanes and of siblings within a lane, are one product."""
@@ -232,7 +234,7 @@ class Stacked:
             arguments = [
                 self.read(arg).node if isinstance(arg, Pack) else arg for arg in self.operators[place].args[1:]
             ]
-            return Value(self._call(LINEAR, value.node, *arguments), value.stacked)
+            return Value(self.call(LINEAR, value.node, *arguments), value.stacked)
         x, gains = self._without_gain(source)
         operands = [(*self.operators[each].args, None)[1:3] for each in siblings]
         weights, biases = zip(*operands, strict=True)
@@ -247,14 +249,14 @@ class Stacked:
             product = self._grouped(x.node, weight, bias)
         else:
             flat = [None if each is None else self.weights.flat(each) for each in (weight, bias)]
-            wide = self._call(LINEAR, x.node, *flat)
-            apart = self._call(aten.unflatten.int, wide, -1, [self.lanes, weight.meta["val"].shape[1]])
-            product = self._lanes_first(apart, -2)
+            wide = self.call(LINEAR, x.node, *flat)
+            apart = self.call(aten.unflatten.int, wide, -1, [self.lanes, weight.meta["val"].shape[1]])
+            product = self.lanes_first(apart, -2)
         start = 0
         for each, own in zip(siblings, weights, strict=True):
             size = int(own.nodes[0].meta["val"].shape[0])
             whole = size == weight.meta["val"].shape[1]
-            part = product if whole else self._call(aten.slice.Tensor, product, -1, start, start + size)
+            part = product if whole else self.call(aten.slice.Tensor, product, -1, start, start + size)
             self._made[each] = Value(part, stacked=True)
             start += size
         return self._made[place]
@@ -262,15 +264,15 @@ class Stacked:
     def _grouped(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         """``x[n] @ weight[n].T + bias[n]`` for x [N, ..., D], weight [N, F, D], bias [N, F]."""
         shape = x.meta["val"].shape
-        leading = [size if isinstance(size, int) else self._call(aten.sym_size.int, x, axis)
+        leading = [size if isinstance(size, int) else self.call(aten.sym_size.int, x, axis)
                    for axis, size in enumerate(shape[:-1])]  # fmt: skip
-        rows = self._call(aten.reshape.default, x, [self.lanes, -1, shape[-1]]) if len(shape) != 3 else x
-        product = self._call(aten.matmul.default, rows, self._call(aten.transpose.int, weight, 1, 2))
+        rows = self.call(aten.reshape.default, x, [self.lanes, -1, shape[-1]]) if len(shape) != 3 else x
+        product = self.call(aten.matmul.default, rows, self.call(aten.transpose.int, weight, 1, 2))
         if bias is not None:
-            product = self._call(aten.add.Tensor, product, self._call(aten.unsqueeze.default, bias, 1))
+            product = self.call(aten.add.Tensor, product, self.call(aten.unsqueeze.default, bias, 1))
         if len(shape) == 3:
             return product
-        return self._call(aten.reshape.default, product, [*leading, weight.meta["val"].shape[1]])
+        return self.call(aten.reshape.default, product, [*leading, weight.meta["val"].shape[1]])
 
     def _addmm(self, place: int) -> Value:
         """``bias + x @ weight`` for x [R, D], weight [D, F], as GPT-2 has it."""
@@ -280,59 +282,9 @@ class Stacked:
             raise NotAlike(f"{each.target} has no form over several layers")
         offset, x, factor = (self.read(arg) for arg in (bias, source, weight))
         stacked = x.stacked or factor.stacked or offset.stacked
-        product = self._call(aten.matmul.default, x.node, factor.node)
+        product = self.call(aten.matmul.default, x.node, factor.node)
         added = self.raised(offset.node, 3) if offset.stacked else offset.node
-        return Value(self._call(aten.add.Tensor, product, added), stacked)
-
-    def _attention(self, place: int) -> Value:
-        """The heads of all lanes side by side; lanes whose attention sees others, or as far as others, apart."""
-        each = self.operators[place]
-        operands = [self.read(arg) if isinstance(arg, Pack) else arg for arg in each.args]
-        if not any(isinstance(value, Value) and value.stacked for value in operands):
-            return Value(self._call(ATTENTION, *(_node(value) for value in operands), **each.nodes[0].kwargs), False)
-        if any(value is not None for value in operands[6:]):
-            raise NotAlike("attention with a key bias has no form over several layers")
-        kinds: dict[Any, list[int]] = {}
-        for lane, node in enumerate(each.nodes):
-            kinds.setdefault((node.kwargs["kind"], node.kwargs.get("window", 0)), []).append(lane)
-        results = [self._heads(each, operands, own) for own in kinds.values()]
-        if len(results) == 1:
-            return Value(results[0], stacked=True)
-        order = [lane for own in kinds.values() for lane in own]
-        whole = self._call(aten.cat.default, results, 0)
-        return Value(self._chosen(whole, [order.index(lane) for lane in range(self.lanes)]), stacked=True)
-
-    def _heads(self, each: Operator, operands: Sequence[Any], lanes: list[int]) -> fx.Node:
-        """Attention [n, B, H, S, D] of some of the lanes."""
-        q, k, v = (self._merged(self._chosen(self.stacked(value), lanes)) for value in operands[:3])
-        rest: list[Any] = []
-        for index, value in enumerate(operands[3:6]):
-            if value is None:
-                rest.append(None)
-            elif not value.stacked and (index == 2 or value.node.meta["val"].shape[1] != 1):
-                rest.append(self._call(aten.cat.default, [value.node] * len(lanes), 0 if index == 2 else 1))
-            elif not value.stacked:
-                rest.append(value.node)
-            else:
-                own = self._chosen(value.node, lanes)
-                rest.append(self._call(aten.flatten.using_ints, own, 0, 1) if index == 2 else self._merged(own))
-        while rest and rest[-1] is None:
-            rest.pop()
-        out = self._call(ATTENTION, q, k, v, *rest, **each.nodes[lanes[0]].kwargs)
-        apart = self._call(aten.unflatten.int, out, 1, [len(lanes), each.value.shape[1]])
-        return self._lanes_first(apart, 1)
-
-    def _merged(self, node: fx.Node) -> fx.Node:
-        """[n, B, H, S, D] as [B, n * H, S, D]."""
-        return self._call(aten.flatten.using_ints, self._call(aten.transpose.int, node, 0, 1), 1, 2)
-
-    def _chosen(self, node: fx.Node, lanes: list[int]) -> fx.Node:
-        """Some lanes of a stack."""
-        if lanes == list(range(node.meta["val"].shape[0])):
-            return node
-        if lanes == list(range(lanes[0], lanes[-1] + 1)):
-            return self._call(aten.slice.Tensor, node, 0, lanes[0], lanes[-1] + 1)
-        return self._call(aten.stack.default, [self._call(aten.select.int, node, 0, lane) for lane in lanes])
+        return Value(self.call(aten.add.Tensor, product, added), stacked)
 
     # Projections
 
@@ -364,9 +316,9 @@ class Stacked:
         x = self.read(source).node
         last = x.meta["val"].ndim - 2
         order = [*range(1, last + 1), 0, last + 1]
-        side_by_side = self._call(aten.flatten.using_ints, self._call(aten.permute.default, x, order), -2, -1)
+        side_by_side = self.call(aten.flatten.using_ints, self.call(aten.permute.default, x, order), -2, -1)
         added = [] if bias is None else [self.weights.summed(bias)]
-        return self._call(LINEAR, side_by_side, self.weights.columns(weight), *added)
+        return self.call(LINEAR, side_by_side, self.weights.columns(weight), *added)
 
     def _without_gain(self, source: Pack) -> tuple[Value, Pack | None]:
         """What a projection reads, and the gains that its weights take over.
@@ -388,17 +340,10 @@ class Stacked:
             return None
         if each.target in _NORMS and isinstance(each.args[0], Pack):
             gains, bias = (*each.args, None, None)[2:4]
-            has_bias = each.target is aten.layer_norm.default and bias is not None
-            if (
-                not isinstance(gains, Pack)
-                or gains.kind != "tensors"
-                or has_bias
-                or not self._would_be_common(each.args[0])
-            ):
-                return None
-            return lambda: Value(
-                self._plain_norm(each, self.read(each.args[0]).node), self.read(each.args[0]).stacked
-            ), gains
+            is_plain = each.target is aten.rms_norm.default or bias is None
+            if is_plain and isinstance(gains, Pack) and gains.kind == "tensors" and self._would_be_common(each.args[0]):
+                return lambda: self._plain(each), gains
+            return None
         if each.target is aten.mul.Tensor and all(isinstance(arg, Pack) for arg in each.args):
             for gains, other in (each.args, each.args[::-1]):
                 if gains.kind == "tensors" and gains.nodes[0].meta["val"].ndim == 1 and self._would_be_common(other):
@@ -413,27 +358,36 @@ class Stacked:
 
     # Nodes
 
+    def chosen(self, node: fx.Node, lanes: list[int]) -> fx.Node:
+        """Some lanes of a stack."""
+        if lanes == list(range(node.meta["val"].shape[0])):
+            return node
+        if lanes == list(range(lanes[0], lanes[-1] + 1)):
+            return self.call(aten.slice.Tensor, node, 0, lanes[0], lanes[-1] + 1)
+        return self.call(aten.stack.default, [self.call(aten.select.int, node, 0, lane) for lane in lanes])
+
     def _stack(self, pack: Pack) -> fx.Node:
         """Values of the lanes as one: a stack of tensors, a part of a stack that they come from, or a new one."""
         if pack.kind == "tensors":
             return self.weights.stack(pack)
         sources = {node.args[0] for node in pack.nodes if node.target is aten.select.int and node.args[1] == 0}
         if len(sources) == 1 and all(node.target is aten.select.int for node in pack.nodes):
-            return self._chosen(sources.pop(), [int(node.args[2]) for node in pack.nodes])  # type: ignore[arg-type]
-        return self._call(aten.stack.default, list(pack.nodes))
+            return self.chosen(sources.pop(), [int(node.args[2]) for node in pack.nodes])  # type: ignore[arg-type]
+        return self.call(aten.stack.default, list(pack.nodes))
 
-    def _lanes_first(self, node: fx.Node, axis: int) -> fx.Node:
+    def lanes_first(self, node: fx.Node, axis: int) -> fx.Node:
         """A value whose lanes lie along an axis, with that axis first."""
         rank = node.meta["val"].ndim
         order = [axis % rank, *(each for each in range(rank) if each != axis % rank)]
-        return self._call(aten.permute.default, node, order)
+        return self.call(aten.permute.default, node, order)
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if node.meta["val"].dtype == dtype else self._call(aten._to_copy.default, node, dtype=dtype)
+        return node if node.meta["val"].dtype == dtype else self.call(aten._to_copy.default, node, dtype=dtype)
 
-    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node, of the module that the operator of the first lane is of."""
         node = self.program.call(target, *args, **kwargs)
-        if self._origin is not None:  # of one lane, for all
+        if self._origin is not None:
             node.meta |= {key: self._origin.meta[key] for key in ORIGIN if key in self._origin.meta}
         return node
 
@@ -451,7 +405,3 @@ def _packs(args: Any) -> Iterator[Pack]:
             yield arg
         elif isinstance(arg, list | tuple):
             yield from _packs(arg)
-
-
-def _node(value: Any) -> Any:
-    return value.node if isinstance(value, Value) else value

@@ -104,6 +104,8 @@ class LayerParallelLoss:
             segment.validate()
             if segment.unit != "layer":
                 raise Unsupported(f"training for the unit {segment.unit!r}", hint="Take the unit 'layer'.")
+            if segment.tolerance:
+                raise Unsupported("training for iterations that end early", hint="Leave out 'tolerance'.")
             if segment.stop > len(self.layers):
                 problem = f"{segment}, but there are layers 0 to {len(self.layers) - 1}."
                 raise InvalidPlan(problem, hint=f"The nearest 'stop' is {len(self.layers)}.")
