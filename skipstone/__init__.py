@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skipstone.budget import Certificate as Certificate
     from skipstone.calibrate import tokenize as tokenize
     from skipstone.find import find_adaptive_ffn as find_adaptive_ffn
+    from skipstone.find import find_layer_parallel as find_layer_parallel
     from skipstone.find import find_skip_by_prompt as find_skip_by_prompt
     from skipstone.masking import mask_tokens as mask_tokens
     from skipstone.optimize import optimize as optimize
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from skipstone.plan import Plan as Plan
     from skipstone.report import Report as Report
     from skipstone.runtime.executable import Executable as Executable
+    from skipstone.segments import compare_segments as compare_segments
     from skipstone.training import Routers as Routers
     from skipstone.training import train_routers as train_routers
 
@@ -50,7 +52,9 @@ _HOME = {
     "SkipByPrompt": "skipstone.passes.skip_by_prompt",
     "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
+    "compare_segments": "skipstone.segments",
     "find_adaptive_ffn": "skipstone.find",
+    "find_layer_parallel": "skipstone.find",
     "find_skip_by_prompt": "skipstone.find",
     "mask_tokens": "skipstone.masking",
     "optimize": "skipstone.optimize",

@@ -8,11 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipstone.adaptive import calibrate_adaptive_ffn
+from skipstone.budget import Budget, hold_out
 from skipstone.calibrate import CalibrationData, joined, token_batches
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.optimize import capture
+from skipstone.passes.fuse_parallel import FuseParallel
+from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.plan import Plan
 from skipstone.prompts import skip_by_prompt
+from skipstone.segments import choose_segment
 
 
 def find_adaptive_ffn(
@@ -62,3 +66,33 @@ def find_skip_by_prompt(
     refuse_unusable(model)
     program = capture(model, example_inputs)
     return skip_by_prompt(program, joined(token_batches(calibration, program.source)), **settings)
+
+
+def find_layer_parallel(
+    model: nn.Module,
+    calibration: CalibrationData,
+    budget: Budget,
+    *,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+) -> Plan:
+    """A plan that runs layers in the middle at the same time, as many as save most within a budget.
+
+    The data that `optimize` holds out for the proof is not looked at: give it the plan, and the same calibration data
+    and budget.
+
+    Args:
+        model, calibration, example_inputs: as of `optimize`.
+        budget: with a limit on predictions.
+        settings: which segments to try (``segments``), for which device (``profile``), and ``progress``; see
+            `skipstone.segments.choose_segment`.
+    Raises:
+        UserError: the model, the data or a setting cannot be used.
+        Unsupported: no segment keeps the budget, or those that do are predicted to save too little.
+    """
+    refuse_unusable(model)
+    program = capture(model, example_inputs)
+    batches = token_batches(calibration, program.source)
+    chosen_on = batches if budget.validation is not None else hold_out(batches)[0]
+    segment = choose_segment(program, joined(chosen_on), budget, **settings)
+    return Plan([LayerParallel((segment,)), FuseParallel()], model=program.source.fingerprint)

@@ -131,11 +131,7 @@ def unit_milliseconds(
     Raises:
         Unsupported: the program runs on another device and no profile is given.
     """
-    if profile is None:
-        if program.source.device.type != "cpu":
-            hint = "Give a profile, or milliseconds= of your own."
-            raise Unsupported(f"measuring how fast {program.source.device} is", hint=hint)
-        profile = measure_cpu(torch.get_num_threads())
+    profile = profile_of(program) if profile is None else profile
     sizes = {"batch": 1, "sequence": 1, "past": context}
     try:
         program, count = run_pass(InsertKVCache(), program, strict=False), len(find_stream(program).sublayers)
@@ -155,3 +151,15 @@ def unit_milliseconds(
         nodes = [node for index in members for node in (*sublayers[index].nodes, sublayers[index].add)]
         found[unit] = 1e3 * roofline_seconds(cost(program, nodes), profile, **sizes)
     return found
+
+
+def profile_of(program: Program) -> DeviceProfile:
+    """The profile of this machine's CPU, for a program that runs on it.
+
+    Raises:
+        Unsupported: it runs on another device.
+    """
+    if program.source.device.type != "cpu":
+        hint = "Give a profile, or milliseconds= of your own."
+        raise Unsupported(f"measuring how fast {program.source.device} is", hint=hint)
+    return measure_cpu(torch.get_num_threads())
