@@ -14,11 +14,13 @@ from skipstone import FuseParallel, LayerParallel, Plan, QuantizeKV, Segment, op
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.dialect import ATTENTION
+from skipstone.ir.lanes import Pack
 from skipstone.ir.program import Program
 from skipstone.ir.stream import PARALLEL, find_stream
 from skipstone.optimize import rewrite
 from skipstone.passes.base import Status, run_pass
 from skipstone.passes.cleanup import Cleanup
+from skipstone.passes.stacked_weights import StackedWeights
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from tests import models
@@ -95,6 +97,22 @@ def test_iterations_of_plain_layers_become_one_product_each() -> None:
     assert count(program, aten.linear.default) == 2 + LAYERS
 
 
+def test_the_last_state_alone_is_a_sum_of_wide_projections() -> None:
+    """Where nothing reads the states between, the last projections of all layers are one, biases and all."""
+    program = net_program("plain").copy()
+    unread = [f"{what}_{number}" for what in ("state", "probe") for number in (3, 4)]
+    pairs = zip(program.outputs, program.output_node().args[0], strict=True)  # type: ignore[arg-type]
+    program.remove_outputs([node for port, node in pairs if port.name in unread])
+    program = fused(run_pass(LayerParallel((Segment(2, LAYERS),)), program))
+    assert sum(name.startswith(("columns", "summed")) for name in program.tensors()) == 2
+    with torch.no_grad():
+        found = program.run(x=example())
+    wanted = by_hand("plain", (Segment(2, LAYERS),))
+    assert set(wanted) - set(found) == set(unread)
+    for name, value in found.items():
+        assert_close(value, wanted[name])
+
+
 def test_later_iterations_read_the_stacks_of_the_first() -> None:
     bytes = []
     for iterations in (1, 2, LAYERS - 1):
@@ -157,6 +175,45 @@ def test_gains_are_folded_where_lanes_then_read_the_same() -> None:
     assert len(gained) == len(readers) == 1
     width = sum(int(captured("deep").tensor(f"model.layers.1.self_attn.{each}_proj.weight").shape[0]) for each in "qkv")
     assert readers[0].meta["val"].shape[-1] == 3 * width
+
+
+GAINED = [("llama", "layer"), ("llama", "two_stage"), ("gpt_neox", "layer"), ("gpt2", "layer"), ("gpt2", "two_stage")]
+
+
+@pytest.mark.parametrize(("name", "unit"), GAINED)
+def test_gains_and_biases_are_each_layers_own(name: str, unit: Any) -> None:
+    """Fresh models have gains of one and biases of zero, which nobody would miss."""
+    side_by_side = run_pass(LayerParallel((Segment(0, 3, unit=unit),)), gained_program(name))
+    ids = models.tokens(2, 7, seed=7)
+    assert_close(whole(fused(side_by_side), ids), whole(side_by_side, ids))
+
+
+@cache
+def gained_program(name: str) -> Program:
+    model, generator = copy.deepcopy(hugging_face(name)), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return run_pass(Cleanup(), capture_huggingface(model))
+
+
+def test_a_tensor_that_stands_in_several_places_gets_a_stack_of_its_own() -> None:
+    program = net_program("plain").copy()
+    names = [f"layers.{number}.{which}.weight" for number in (0, 1) for which in ("up", "down")]
+    with program.graph.inserting_before(next(program.nodes())):
+        up_0, down_0, up_1, down_1 = (program.graph.get_attr(name) for name in names)
+    for node in (up_0, down_0, up_1, down_1):
+        node.meta["val"] = program.tensor(node.target).detach()
+    families = dict.fromkeys((names[0], names[2]), (names[0], names[2]))
+    weights = StackedWeights(program, families)
+    with program.graph.inserting_before(next(program.nodes())):
+        stacks = [weights.stack(Pack("tensors", order)) for order in ((up_0, up_1), (up_1, up_0), (down_1, down_0))]
+    wanted = [
+        [program.tensor(node.target) for node in order] for order in ((up_0, up_1), (up_1, up_0), (down_1, down_0))
+    ]
+    for stack, tensors in zip(stacks, wanted, strict=True):
+        assert torch.equal(program.tensor(stack.target), torch.stack(tensors))
 
 
 def test_half_precision_keeps_its_weights() -> None:
