@@ -1,4 +1,7 @@
-"""Tile sizes of the attention kernels: as large as registers allow without spilling on sm_80 and sm_90."""
+"""Tile sizes of the attention kernels: none spills registers on sm_80 and sm_90.
+
+Those of decode attention were chosen by their times on an H200, see `benchmarks/kv_tiles.py`.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,9 @@ class Tile:
 # Products of float32 numbers are three of their halves, which takes the registers of more rows.
 FLOAT32 = Tile(16, 16, 8, 2, programs=1)
 
+WIDE = {"full": 64, "int8_token": 128, "fp8_token": 128}
+"""Keys of a tile for four warps, by the formats that such a tile is best for."""
+
 
 def decode_tile(call: Call) -> Tile:
     """The tile of `decode_attention`."""
@@ -56,8 +62,15 @@ def decode_tile(call: Call) -> Tile:
     rows = 8 if rows <= 8 else 16
     if call.q.dtype == torch.float32:
         return Tile(rows, 32, 8, 2, keys_first=True, programs=1)
-    # A program of one warp waits for no other. What does not fit its registers is for two or four.
-    warps = max(1, rows // 8, 2 if call.k_format == "full" else 1) * (2 if widest(call) > 128 else 1)
+    if rows == 8 and widest(call) <= 128 and {call.k_format, call.v_format} <= WIDE.keys():
+        # What is decoded in a few instructions, or in none, waits for memory alone: large tiles keep more on its way.
+        return Tile(rows, min(WIDE[call.k_format], WIDE[call.v_format]), 4, 3, keys_first=True, programs=2)
+    # A program of one warp waits for no other. What does not fit its registers is for two or four: keys in full
+    # precision, and nvfp4 beside rows in full precision where finding a row's head takes a division.
+    is_large = call.k_format == "full" or (
+        "nvfp4" in (call.k_format, call.v_format) and any(call.exact) and call.group.bit_count() > 1
+    )
+    warps = max(1, rows // 8, 2 if is_large else 1) * (2 if widest(call) > 128 else 1)
     return Tile(rows, 32, warps, 3, keys_first=True, programs=8 // warps)
 
 

@@ -73,6 +73,14 @@ def test_lengths_around_block_edges(form: str, length: int) -> None:
     check(form, [[length, max(1, length - 1)], [1, 1]], capacity=80, kv_heads=1, group=2)
 
 
+@pytest.mark.parametrize("length", [63, 64, 127, 128, 383])
+@pytest.mark.parametrize("form", ["full", "int8_token", "fp8_token"])
+def test_lengths_around_edges_of_wide_tiles(form: str, length: int) -> None:
+    """Single tokens in half precision, where tiles are the largest and several programs share the keys."""
+    steps = [[length, length // 3], [1, 1]]
+    check(form, steps, given=length, capacity=600, kv_heads=1, group=5, width=32, dtype=torch.float16)
+
+
 @pytest.mark.parametrize("queries", range(1, 9))
 def test_several_queries(queries: int) -> None:
     check("int8_token", [[11, 4], [queries, queries]], kv_heads=1)

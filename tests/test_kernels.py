@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,28 @@ def test_in_the_interpreter(chosen: str) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "queries", "shares"),
+    [
+        (8, 32768, 1, 4),  # 64 blocks, 264 programs at a time: 256
+        (1, 32768, 1, 33),  # all 264
+        (1, 1000, 1, 4),  # too few keys for more
+        (33, 32768, 1, 1),
+        (24, 32768, 1, 4),  # 192 blocks are 73% of a round; 768 programs, 97% of three
+        (34, 32768, 1, 3),  # 272 blocks are 52% of two rounds; 816 programs, 77% of four
+        (1000, 32768, 1, 1),
+        (2, 32768, 64, 1),  # 256 blocks of a prompt
+    ],
+)
+def test_programs_leave_few_processors_idle(batch: int, context: int, queries: int, shares: int) -> None:
+    from skipstone.kernels.decode_attention import splits
+    from skipstone.kernels.tuning import Tile
+
+    call: Any = SimpleNamespace(batch=batch, kv_heads=8, group=4, queries=queries, capacity=context)
+    tile = Tile(8, 128, 4, 3, keys_first=True, programs=2) if queries == 1 else Tile(16, 32, 8, 3, programs=2)
+    assert splits(call, tile, processors=132) == shares
 
 
 SHARED = {"sm_80": 163, "sm_90": 227}
