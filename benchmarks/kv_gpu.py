@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,26 +134,34 @@ def ours(name: str, step: Step, cache: Cache) -> dict[str, Form]:
     """The operator on a GPU and its attention alone, called and as graphs."""
     # Not at the top: a CPU build of torch brings no Triton. The import registers the kernels with the operator.
     from skipstone.kernels.append import append_rows
-    from skipstone.kernels.call import Call
     from skipstone.kernels.quantized_cached_attention import launches
 
-    properties = torch.cuda.get_device_properties(step.query.device)
-    call = Call(
-        step.query, step.key, step.value, cache.keys, cache.values, step.start, **cache.options,
-        arch=properties.major * 10 + properties.minor,
-    )  # fmt: skip
     out = torch.empty_like(step.query)
-    reading = [
-        launch for launch in launches(call, out, properties.multi_processor_count) if launch.kernel is not append_rows
-    ]
+    call, processors = kernel_call(step, cache)
+    reading = [each for each in launches(call, out, processors) if each.kernel is not append_rows]
+    forms: dict[str, Form] = {name: operator(step, cache), name + ATTEND: launched(reading, out)}
+    return forms | {each + GRAPH: captured(form) for each, form in forms.items()}
 
-    def attend() -> Tensor:
-        for launch in reading:
+
+def kernel_call(step: Step, cache: Cache) -> tuple[Any, int]:
+    """What the kernels are asked for (`skipstone.kernels.call.Call`), and how many processors the device has."""
+    from skipstone.kernels.call import Call
+
+    properties = torch.cuda.get_device_properties(step.query.device)
+    arch = properties.major * 10 + properties.minor
+    operands = (step.query, step.key, step.value, cache.keys, cache.values, step.start)
+    return Call(*operands, **cache.options, arch=arch), properties.multi_processor_count
+
+
+def launched(launches: Sequence[Any], out: Tensor) -> Form:
+    """Launches that write to `out`, as a step."""
+
+    def run() -> Tensor:
+        for launch in launches:
             launch()
         return out
 
-    forms: dict[str, Form] = {name: operator(step, cache), name + ATTEND: attend}
-    return forms | {each + GRAPH: captured(form) for each, form in forms.items()}
+    return run
 
 
 def captured(form: Form) -> Form:

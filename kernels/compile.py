@@ -86,12 +86,13 @@ def variant_launches(variant: Variant, arch: str) -> list[Launch]:
         InvalidPlan: the format does not fit the head size.
         Unsupported: the kernels refuse the call.
     """
-    call = _call(variant, _capability(arch))
+    call = variant_call(variant, _capability(arch))
     call.check()
     return list(launches(call, call.q.new_empty(call.q.shape), PROCESSORS))
 
 
-def _call(variant: Variant, arch: int) -> Call:
+def variant_call(variant: Variant, arch: int) -> Call:
+    """A long cache's call, whose tensors have no data, unchecked; `arch` is such as 90."""
     batch, kv_heads, capacity = 8, 8, 32768
     width, options = variant.width, variant.options
     forms = [cache_format(name, *((64, 4) if options else (0, 0))) for name in (variant.k_format, variant.v_format)]
