@@ -167,6 +167,16 @@ def test_layers_that_see_as_far_share_an_attention() -> None:
     assert kinds == {"sliding": 2 * heads.pop(), "causal": kinds["causal"]} and 2 * kinds["causal"] == kinds["sliding"]
 
 
+def test_attentions_that_see_as_far_go_back_to_their_layers() -> None:
+    config = copy.deepcopy(models.model("gemma2").config)
+    config.layer_types = ["sliding_attention", *["full_attention"] * 2, "sliding_attention", "full_attention"]
+    config.num_hidden_layers = len(config.layer_types)
+    model = type(models.model("gemma2"))(config).eval()
+    side_by_side = run_pass(LayerParallel((Segment(0, 5),)), run_pass(Cleanup(), capture_huggingface(model)))
+    ids = models.tokens(1, LENGTH, seed=9)
+    assert_close(whole(fused(side_by_side), ids), whole(side_by_side, ids), within("gemma2"))
+
+
 def test_gains_are_folded_where_lanes_then_read_the_same() -> None:
     """All queries, keys and values of three layers are one product, whose weights took over the gains."""
     program = fused(parallel("deep", Segment(1, 4)))
