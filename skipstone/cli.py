@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=_limit, metavar="nll=0.01", help="what the plan may cost: nll (relative), kl or top1"
     )
     optimize.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, with what was calibrated")
-    optimize.add_argument("--target", default="auto", help="auto, onnxruntime or eager (default: auto)")
+    optimize.add_argument(
+        "--target", default="auto", help="auto, onnxruntime, triton (a MODEL on CUDA) or eager (default: auto)"
+    )
     optimize.add_argument("--threads", type=_positive, metavar="N")
     optimize.add_argument("--prompt", metavar="TEXT", help="generate a continuation of this text")
     optimize.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
