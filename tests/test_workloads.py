@@ -43,6 +43,7 @@ SKIPPED: dict[str, str] = {
     "cross_attention": "blocks.1.cross",
     "dit_block": "blocks.1.ffn",
     "explicit_mask": "blocks.1.attention",
+    "hyper_connections": "blocks.1.ffn",
     "inputs_embeds": "blocks.1.attention",
     "mar_masked": "blocks.1.attention",
     "matmul_attention": "blocks.1.attention",
@@ -55,7 +56,7 @@ SKIPPED: dict[str, str] = {
 QUICK = ("cross_attention", "explicit_mask")
 """Lowered to ONNX in every run; the others in the longer one."""
 
-NO_STREAM = ("delta_residual", "hyper_connections")
+NO_STREAM = ("delta_residual",)
 
 
 @functools.cache
