@@ -62,7 +62,7 @@ class GroupedCache(Cache):
     @decode_start.setter
     def decode_start(self, rows: Tensor) -> None:  # type: ignore[override]
         for group in self.groups.values():
-            group.cache.decode_start = rows[group.rows]
+            group.cache.decode_start = self._of_group(rows, group)
 
     @property
     def capacity(self) -> int:  # type: ignore[override]
@@ -90,6 +90,10 @@ class GroupedCache(Cache):
         rows = torch.cat([group.rows for group in self.groups.values()])
         return torch.empty_like(torch.cat(list(parts))).index_copy_(0, rows, torch.cat(list(parts)))
 
+    def _of_group(self, values: Tensor, group: Group) -> Tensor:
+        """Values [B] of the batch as values [N] of one of its groups."""
+        return values if len(self.groups) == 1 else values[group.rows]
+
     def decide(self, choice: Tensor) -> None:
         """Give each sequence to its continuation, and free the buffers that this one does without.
 
@@ -108,7 +112,7 @@ class GroupedCache(Cache):
     def advance(self, counts: Tensor) -> None:
         """See `Cache.advance`."""
         for group in self.groups.values():
-            group.cache.advance(counts[group.rows])
+            group.cache.advance(self._of_group(counts, group))
 
     def grow(self, capacity: int) -> None:
         """See `Cache.grow`."""
@@ -121,7 +125,7 @@ class GroupedCache(Cache):
         wanted = self._lengths_to_crop_to(lengths)
         cropped = {number: replace(group, cache=copy.copy(group.cache)) for number, group in self.groups.items()}
         for group in cropped.values():  # a group that refuses leaves the others as they were
-            group.cache.crop(wanted[group.rows])
+            group.cache.crop(self._of_group(wanted, group))
         self.groups = cropped
 
     def select(self, index: Tensor | Sequence[int]) -> None:
