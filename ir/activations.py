@@ -59,6 +59,10 @@ class Activations:
             if node in self.graph:
                 self.parts[node] = frozenset([node]).union(*(self.parts[each] for each in self._summed(node)))
         self.dominator: dict[fx.Node, fx.Node] = nx.immediate_dominators(self.graph, self.root)
+        self._depth = {self.root: 0}
+        for node in self.order:
+            if node in self.graph and node is not self.root:
+                self._depth[node] = self._depth[self.dominator[node]] + 1
 
     def _passed(self, node: fx.Node) -> list[fx.Node]:
         """The operands through which the stream may pass."""
@@ -102,7 +106,11 @@ class Activations:
 
     def dominates(self, above: fx.Node, below: fx.Node) -> bool:
         """Whether every path from the root to `below` passes `above`, another node."""
-        return above is not below and below in self.graph and above in self.chain(below)
+        if above is below or above not in self._depth or below not in self._depth:
+            return False
+        while self._depth[below] > self._depth[above]:
+            below = self.dominator[below]
+        return below is above
 
     def between(self, above: fx.Node, below: fx.Node) -> list[fx.Node]:
         """The activations on paths from one value to another that pass nothing else, `below` last; in graph order."""

@@ -11,7 +11,7 @@ from torch import fx
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, module_path
 from skipstone.ir.stream import Sublayer
-from skipstone.ir.surrogate import RESHAPES, SkipPath, skip_path
+from skipstone.ir.surrogate import RESHAPES, SkipPath, sizes, skip_path
 
 aten = torch.ops.aten
 
@@ -72,8 +72,8 @@ def cut(
 
 def behind(add: fx.Node, entry: fx.Node) -> fx.Node:
     """The stream's value behind a sublayer: its addition, in the shape of a value before it (OPT flattens it)."""
-    shape, value = list(map(str, entry.meta["val"].shape)), add
-    while list(map(str, value.meta["val"].shape)) != shape:
+    value = add
+    while sizes(value) != sizes(entry):
         readers = list(value.users)
         if len(readers) != 1 or readers[0].target not in RESHAPES:
             return add

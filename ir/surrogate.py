@@ -60,7 +60,7 @@ class SkipPath:
 
     Attributes:
         entry: the stream's value before.
-        nodes: the operators in graph order; the value behind comes last. None if the two are one.
+        nodes: the operators in graph order, the value behind last; empty if the two values are one.
         coefficient: what they multiply it by.
         kind: "identity" if a change passes as it is, "mixing" if streams are mixed, else "scale".
     """
@@ -149,13 +149,13 @@ def passes_on(node: fx.Node, operand: fx.Node) -> bool:
     the streams in hyper-connections does: those over batch or sequence are branches.
     """
     if node.target in SUMS:
-        return _sizes(node) == _sizes(operand)
+        return sizes(node) == sizes(operand)
     if node.target in _DIVISIONS:
         return operand is node.args[0]
     if node.target in (*SCALINGS, *COPIES, *RESHAPES):
         return True
     if node.target is aten.expand.default:
-        return _sizes(operand)[-1] == _sizes(node)[-1]
+        return sizes(operand)[-1] == sizes(node)[-1]
     if node.target not in (*_MOVES, *PRODUCTS, *_REDUCTIONS):
         return False
     shape = operand.meta["val"].shape
@@ -181,7 +181,7 @@ def _summed(node: fx.Node, operand: fx.Node) -> list[int] | None:
         return [dim for each, dim in summed(node) if each is operand]
     if operand is not node.args[1] or operand.meta["val"].ndim == 1:
         return None
-    return None if _sizes(operand)[-1] == "1" else [-2]  # features that stand as a column are in the rows
+    return None if sizes(operand)[-1] == "1" else [-2]  # features that stand as a column are in the rows
 
 
 def _leaves_alone(node: fx.Node, carrying: set[fx.Node]) -> bool:
@@ -197,6 +197,6 @@ def _leaves_alone(node: fx.Node, carrying: set[fx.Node]) -> bool:
     return left or added
 
 
-def _sizes(node: fx.Node) -> list[str]:
+def sizes(node: fx.Node) -> list[str]:
     """The sizes of a value, to compare without asking whether two open ones might be the same."""
     return list(map(str, node.meta["val"].shape))

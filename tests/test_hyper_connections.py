@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("static", "dynamic")
 FORMS = (
     ("static", "by_matmul"), ("static", "by_einsum"), ("static", "by_sums"), ("static", "by_rows"),
-    ("dynamic", "by_matmul"), ("dynamic", "by_transposed_matmul"), ("dynamic", "by_einsum"), ("dynamic", "by_sums"),
+    ("dynamic", "by_matmul"), ("dynamic", "by_transposed_matmul"), ("dynamic", "by_einsum"),
 )  # fmt: skip
 SURROGATE: dict[str, Any] = {"static": "auto", "dynamic": "at_iterate"}
 """What the matrices of each kind need."""
@@ -72,10 +72,10 @@ def changed(model: nn.Module, values: dict[str, float | Tensor]) -> Iterator[Non
 
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_streams_are_found_however_they_are_mixed(kind: str, form: str) -> None:
-    model = stack(kind, form, layers=2)
+    model = stack(kind) if form == "by_matmul" else stack(kind, form, layers=3)
     stream = find_stream(program_of(model))
     assert [(each.layer, each.kind, each.path) for each in stream.sublayers] == [
-        (number, SublayerKind.FFN, f"layers.{number}.ffn") for number in range(2)
+        (number, SublayerKind.FFN, f"layers.{number}.ffn") for number in range(len(model.layers))
     ]
     wanted = Coefficient.DEPENDENT if kind == "dynamic" else Coefficient.CONSTANT
     assert all((each.skip.kind, each.skip.coefficient) == ("mixing", wanted) for each in stream.sublayers)
@@ -108,15 +108,13 @@ def test_every_state_is_that_of_the_update_rule(kind: str, iterations: int) -> N
 
 @pytest.mark.parametrize(("kind", "form"), [each for each in FORMS if each[1] != "by_matmul"])
 def test_the_rule_is_the_same_however_streams_are_mixed(kind: str, form: str) -> None:
-    """Two layers in one iteration: the second is corrected along its mixing alone."""
-    model = stack(kind, form, layers=2)
-    (_, wanted), start = states(model, model.expand(example()), 1), model.expand(example())
-    found = at_once(model, 1, SURROGATE[kind])["state_2"]
-    assert_close(found, wanted)
-    with torch.no_grad():
-        assert float((model.layers[1].along(start, model.layers[0](start) - start)).abs().max()) > 1e-2
+    """Also where states are read in another shape than layers read them in."""
+    model = stack(kind, form, layers=3)
+    found, start = at_once(model, 1, SURROGATE[kind]), model.expand(example())
+    for number, state in enumerate(states(model, start, 1), 1):
+        assert_close(found[f"state_{number}"], state)
     with pytest.raises(AssertionError):
-        assert_close(states(model, start, 1, identity=True)[-1], wanted)
+        assert_close(states(model, start, 1, identity=True)[-1], found["state_3"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,7 +230,7 @@ def test_token_by_token_equals_all_at_once(kind: str, iterations: int) -> None:
     assert_close(found[1], expected(model, ids[1:, 2:], iterations)[0, 2:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_it_runs_on_onnx_runtime(kind: str) -> None:
     """Streams are found, mixed and reported where a user calls for it."""
     model, ids = copy.deepcopy(language(kind)).float(), hyper_models.tokens(2, 10)

@@ -72,6 +72,13 @@ def test_k_iterations_make_k_states_exact_to_the_bit_and_no_more(form: str, surr
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
 
+def test_states_are_those_that_layers_read_where_sums_have_another_shape() -> None:
+    segment = Segment(1, LAYERS, 2)
+    found, wanted = in_graph("flat", segment), by_hand("flat", [segment])
+    for name, value in wanted.items():
+        assert_close(found[name], value)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_slopes_that_do_not_depend_on_the_stream_are_the_same_at_the_iterate(form: str) -> None:
     given, taken = (in_graph(form, Segment(0, LAYERS, 2, surrogate=each)) for each in ("auto", "at_iterate"))  # type: ignore[arg-type]
@@ -176,6 +183,21 @@ def test_sizes_are_those_of_the_copies() -> None:
     assert len(list(parallel.nodes(aten.tanh.default))) == LAYERS
     with torch.no_grad():
         assert torch.equal(parallel.run(x=example())["out"], wanted["out"])
+
+
+def test_states_of_half_precision_stay_single_between_corrections() -> None:
+    """The update rule to the bit, over layers in bfloat16 and states in float32."""
+    model, x = copy.deepcopy(net("plain")).to(torch.bfloat16), example().bfloat16()
+    program = run_pass(LayerParallel((Segment(0, LAYERS, 3),)), capture_module(model, {"x": x}), strict=False)
+    with torch.no_grad():
+        found = program.run(x=x)
+        trace = [model.entry(x).float()] * (LAYERS + 1)
+        for _ in range(3):
+            new = trace[:1]
+            for number, layer in enumerate(model.layers):
+                new.append(layer(trace[number].bfloat16(), None).float() + (new[number] - trace[number]))
+            trace = new
+    assert all(torch.equal(found[f"state_{n}"], state.bfloat16()) for n, state in enumerate(trace[1:], 1))
 
 
 # Hugging Face models

@@ -99,7 +99,7 @@ def test_taking_values_in_the_iteration_helps_gates_alone(form: str) -> None:
         run_pass(LayerParallel((Segment(0, find_stream(program).layers, surrogate="at_iterate"),)), program)
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3, 4])
+@pytest.mark.parametrize("iterations", [1, 3])
 def test_gates_have_the_value_of_the_iteration(iterations: int) -> None:
     program, model, x = capture_odd("gate"), odd("gate"), example().float()
     gate = lambda h: torch.sigmoid(model.extra(h))  # noqa: E731
@@ -155,11 +155,6 @@ def odd(form: str) -> Odd:
 @cache
 def capture_odd(form: str) -> Program:
     return capture_module(odd(form), {"x": example().float()})
-
-
-def test_post_norm_models_are_refused() -> None:
-    with pytest.raises(Unsupported, match="post-norm"):
-        run_pass(LayerParallel((Segment(0, 2),)), models.program("bert"))
 
 
 def test_random_numbers_are_refused() -> None:

@@ -64,7 +64,8 @@ MIXING = {
         lambda m, x, p: x + torch.einsum("...d,...d->d", x, x), "sums over the sequence",
     ),
     "einsum over the batch": (lambda m, x, p: x + torch.einsum("bsd->sd", x), "sequences of a batch meet"),
-    "einsum of pairs": (lambda m, x, p: torch.einsum("bid,bjd", x, x) @ x, "pairs every token"),
+    "einsum of pairs": (lambda m, x, p: torch.einsum("bid,bjd->bij", x, x) @ x, "pairs every token"),
+    "einsum over what it names twice": (lambda m, x, p: x + torch.einsum("bsd,bsd", x, x), "sums over the sequence"),
     "last token": (lambda m, x, p: x + x[:, -1:], "takes a part|works along|meets"),
 }  # fmt: skip
 

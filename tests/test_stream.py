@@ -159,10 +159,14 @@ def test_a_gate_on_the_stream_depends_on_it() -> None:
 NO_SKIP: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "its square": lambda m, x: x * x,
     "a product over features": lambda m, x: x @ m.extra.weight,
+    "a product over features of streams": lambda m, x: (x.unflatten(-1, (2, 4)) @ m.extra.weight[:4, :4]).flatten(-2),
     "features as a column": lambda m, x: (m.extra.weight @ x.unsqueeze(-1)).squeeze(-1),
     "features as rows": lambda m, x: (
         m.extra.weight[:2, :2] @ x.unflatten(-1, (4, 2)).transpose(-1, -2)
     ).transpose(-1, -2).flatten(-2),
+    "features as rows by einsum": lambda m, x: torch.einsum(
+        "bsdj->bsjd", m.extra.weight[:4, :4] @ torch.einsum("bsjd->bsdj", x.unflatten(-1, (2, 4)))
+    ).flatten(-2),
     "a product over the sequence": lambda m, x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
     "a constant on top": lambda m, x: 0.5 * x + m.extra.bias,
 }  # fmt: skip
