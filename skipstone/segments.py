@@ -50,12 +50,14 @@ class StepCost:
     """What the cost model says of a decode step of one sequence; without a cache, of reading the whole sequence.
 
     Attributes:
+        evaluations: of units in the segment.
         critical_path: matrix products and attentions that wait for each other.
         launches: operators that are not views, everything that runs at the same time being fused.
         milliseconds: the roofline of that program, `skipstone.ir.cost.roofline_seconds`: a gap for each launch, and the
             time to move its bytes, weights once for every iteration.
     """
 
+    evaluations: int
     critical_path: int
     launches: int
     milliseconds: float
@@ -70,7 +72,6 @@ class SegmentFigures:
         errors: by layer, the relative error of the state behind it: the mean over tokens of ``|h' - h| / |h|``. In two
             stages there is no state but that behind the last layer.
         seen: its predictions and the model's.
-        evaluations: of units in the segment; the model has one for each.
         step: the cost of a step.
         gain: the predicted time of the model's step, fused likewise, over that of this one.
     """
@@ -78,7 +79,6 @@ class SegmentFigures:
     segment: Segment
     errors: Mapping[int, float]
     seen: Comparison
-    evaluations: int
     step: StepCost
     gain: float
 
@@ -128,7 +128,7 @@ class SegmentReport:
         for each in self.figures:
             segment, step = each.segment, each.step
             quality = (f"{each.nll:+.2%}", f"{each.kl:.3g}", f"{each.top1:.1%}", f"{each.errors[segment.stop - 1]:.3g}")
-            price = (str(each.evaluations), str(step.critical_path), str(step.launches), f"{step.milliseconds:.3g}")
+            price = (str(step.evaluations), str(step.critical_path), str(step.launches), f"{step.milliseconds:.3g}")
             layers = f"{segment.start}-{segment.stop - 1}"
             table.add_row(layers, segment.unit, str(segment.iterations), *quality, *price, f"{each.gain:.2f}")
         refused = [f"refused: {segment}, {segment.unit}: {why}" for segment, why in self.refused.items()]
@@ -188,8 +188,8 @@ def compare_on(
     sequential, steps, refused = step_costs(program, batches, segments, profile, progress)
     found = measure_segments(program, batches, list(steps), progress)
     figures = [
-        SegmentFigures(segment, *found[segment], evaluations, step, sequential.milliseconds / step.milliseconds)
-        for segment, (step, evaluations) in steps.items()
+        SegmentFigures(segment, *found[segment], step, sequential.milliseconds / step.milliseconds)
+        for segment, step in steps.items()
     ]
     return SegmentReport(tuple(figures), refused, sequential, _context(batches))
 
@@ -215,7 +215,7 @@ def choose_segment(
     if not budget.limits:
         raise InvalidInput("a budget without a limit on predictions.", hint="Give nll, kl or top1.")
     sequential, steps, _ = step_costs(program, batches, segments, profile, progress)
-    gains = {segment: sequential.milliseconds / step.milliseconds for segment, (step, _) in steps.items()}
+    gains = {segment: sequential.milliseconds / step.milliseconds for segment, step in steps.items()}
     worthwhile = [each for each in sorted(gains, key=gains.__getitem__, reverse=True) if gains[each] >= WORTHWHILE]
     for segment in worthwhile:
         _, seen = measure_segments(program, batches, [segment], progress)[segment]
@@ -246,8 +246,8 @@ def step_costs(
     segments: Sequence[Segment] | None,
     profile: DeviceProfile | None,
     progress: bool,
-) -> tuple[StepCost, dict[Segment, tuple[StepCost, int]], dict[Segment, str]]:
-    """The cost of the model's step; by segment that of its step, and its evaluations; and what is refused, and why.
+) -> tuple[StepCost, dict[Segment, StepCost], dict[Segment, str]]:
+    """The cost of the model's step, that of the step with each segment, and the segments that are refused, and why.
 
     Raises:
         InvalidPlan: a segment that the model does not have.
@@ -260,8 +260,8 @@ def step_costs(
     if not segments:
         raise InvalidInput("there is no segment to compare.", hint="A model of two layers has none: give segments=.")
     profile, context = profile_of(program) if profile is None else profile, _context(batches)
-    sequential, _ = _step_cost(program, Plan([FuseParallel()]), profile, context)
-    found: dict[Segment, tuple[StepCost, int]] = {}
+    sequential = _step_cost(program, Plan([FuseParallel()]), profile, context)
+    found: dict[Segment, StepCost] = {}
     refused: dict[Segment, Unsupported] = {}
     for segment in tqdm(segments, "predict steps", disable=not progress, leave=False):
         try:
@@ -273,7 +273,7 @@ def step_costs(
     return sequential, found, {segment: str(reason) for segment, reason in refused.items()}
 
 
-def _step_cost(program: Program, plan: Plan, profile: DeviceProfile, context: int) -> tuple[StepCost, int]:
+def _step_cost(program: Program, plan: Plan, profile: DeviceProfile, context: int) -> StepCost:
     rewritten, refusal = rewrite(program, plan, target="eager", strict=False)
     batch, sequence, past = (1, 1, context) if refusal is None else (1, context, 0)
     whole = cost(rewritten)
@@ -281,7 +281,7 @@ def _step_cost(program: Program, plan: Plan, profile: DeviceProfile, context: in
     remarks = [remark for record in rewritten.history for remark in record.remarks]
     evaluations = sum(int(each.numbers["evaluations"]) for each in remarks if each.pass_name == LayerParallel.name)
     milliseconds = 1e3 * roofline_seconds(whole, profile, batch, sequence, past)
-    return StepCost(int(numbers["critical_path"]), int(numbers["launches"]), milliseconds), evaluations
+    return StepCost(evaluations, int(numbers["critical_path"]), int(numbers["launches"]), milliseconds)
 
 
 def _context(batches: Sequence[Batch]) -> int:

@@ -76,7 +76,10 @@ class Layer(nn.Module):
         if self.form == "roundabout":
             x = torch.sub(x0, x.flatten(0, 1).view(x.shape) / -self.a, alpha=0.6)
             x = x + 0.7 * x
-        return x + (self.down(x) if self.form == "linear" else self.down(torch.tanh(self.up(self.norm(x)))))
+        branch = self.down(x) if self.form == "linear" else self.down(torch.tanh(self.up(self.norm(x))))
+        if self.form == "flat":  # OPT
+            return (x.flatten(0, 1) + branch.flatten(0, 1)).view(x.shape)
+        return x + branch
 
 
 class Net(nn.Module):
@@ -121,7 +124,7 @@ def net_program(form: str) -> Program:
 
 
 def slopes(form: str, surrogate: str, layers: range) -> list[Any]:
-    if surrogate != "auto" or form == "plain":
+    if surrogate != "auto" or form in ("plain", "flat"):
         return [float(surrogate != "zero")] * len(layers)
     slopes = [net(form).layers[n].a for n in layers]
     return [0.6 / a * 1.7 for a in slopes] if form == "roundabout" else slopes
