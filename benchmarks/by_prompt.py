@@ -10,6 +10,10 @@ Times are those of the reference model on ONNX Runtime with one thread. `prefill
 prompts read with the features and the choice, over prompts read without. `decode_gain` is a step of the full model over
 one without a set; `mixed_batch_over_equal` a step of eight sequences that go on by different sets over a step of eight
 by the same one.
+
+On the model of `benchmarks.decode`, with two threads and routers that always choose the first of two sets,
+`decode_gain_110m` is what that set gains, and `decode_over_static_110m` its step over one of a program that never had
+what the set leaves out.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from benchmarks.decode import make_model
 from benchmarks.harness import Row, arguments, publish, take_turns, timed
 from benchmarks.reference.evaluate import CHECKPOINT, windows
 from benchmarks.skipping import batches, bound
@@ -29,7 +34,7 @@ from skipstone.certify import behind_prompts, chosen_sets, logits
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.stream import find_stream, note_layers
 from skipstone.optimize import lower, optimize, rewrite
-from skipstone.passes.skip_by_prompt import SkipByPrompt
+from skipstone.passes.skip_by_prompt import BIAS, WEIGHT, SkipByPrompt
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
 from skipstone.prompts import skip_by_prompt
@@ -43,6 +48,7 @@ SHARE = 8  # of the sublayers, one in so many is left out
 CALIBRATION_WINDOWS, TEST_WINDOWS, QUICK_WINDOWS = 96, 128, 32
 STEPS = 300  # of training routers
 PROMPT, NEW_TOKENS, SEQUENCES = 128, 32, 8
+LARGE_SETS = SkipSublayers(layers=(3, 6, 9)), SkipSublayers(ffn=(2, 4, 6, 8))
 
 
 def main() -> None:
@@ -51,6 +57,7 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     trial = Trial(model, options.quick)
     rows = [*trial.rows(), *speed(model, trial.plans["by_similarity"], rounds=3 if options.quick else 15)]
+    rows += large_speed(rounds=3 if options.quick else 9)
     publish("by_prompt", rows, options.json)
 
 
@@ -137,6 +144,28 @@ def speed(model: LlamaForCausalLM, plan: Plan, rounds: int) -> Iterator[Row]:
     _, whole = full.prefill(equal[:1])
     _, part = chosen.prefill(equal[:1])
     yield Row("kv_bytes_over_full", part.nbytes / whole.nbytes, whole.nbytes, None, 1, at_most=True)
+
+
+def large_speed(rounds: int) -> Iterator[Row]:
+    """What a set gains on a model whose steps take their time to read weights."""
+    model = make_model()
+    plans = {"full": Plan(), "static": Plan([LARGE_SETS[0]]), "set": always_first(model)}
+    ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    turns = {
+        (name, 2): decoding(name, optimize(model, plan, threads=2, progress=False), ids) for name, plan in plans.items()
+    }
+    times = take_turns(turns, rounds)
+    full, static, chosen = (times[name].median for name in plans)
+    yield Row("decode_gain_110m", full / chosen, full * 1e3, None, rounds)
+    yield Row("decode_over_static_110m", chosen / static, static * 1e3, None, rounds, at_most=True)
+
+
+def always_first(model: LlamaForCausalLM) -> Plan:
+    """Skipping by routers that read nothing and choose the first of `LARGE_SETS`, whatever the prompt."""
+    first = {2 * layer + sublayer for layer in LARGE_SETS[0].layers for sublayer in (0, 1)}
+    bias = torch.tensor([1.0 if each in first else -1.0 for each in range(2 * model.config.num_hidden_layers)])
+    tensors = {WEIGHT: torch.zeros(len(bias), model.config.hidden_size), BIAS: bias}
+    return Plan([SkipByPrompt(LARGE_SETS, "routers")], tensors=tensors)
 
 
 def decoding(name: str, system: TokenModel, ids: Tensor) -> Callable[[], Mapping[str, float]]:
