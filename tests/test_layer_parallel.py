@@ -73,7 +73,7 @@ def test_k_iterations_make_k_states_exact_to_the_bit_and_no_more(form: str, surr
 
 
 def test_states_are_those_that_layers_read_where_sums_have_another_shape() -> None:
-    segment = Segment(1, LAYERS, 2)
+    segment = Segment(0, LAYERS, 2)
     found, wanted = in_graph("flat", segment), by_hand("flat", [segment])
     for name, value in wanted.items():
         assert_close(found[name], value)
