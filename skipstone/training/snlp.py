@@ -104,6 +104,9 @@ class LayerParallelLoss:
             segment.validate()
             if segment.unit != "layer":
                 raise Unsupported(f"training for the unit {segment.unit!r}", hint="Take the unit 'layer'.")
+            if segment.surrogate == "at_iterate":
+                hint = "Take 'auto' with 'scales', or 'identity' or 'zero'."
+                raise Unsupported("training for the surrogate 'at_iterate'", hint=hint)
             if segment.tolerance:
                 raise Unsupported("training for iterations that end early", hint="Leave out 'tolerance'.")
             if segment.stop > len(self.layers):
