@@ -194,7 +194,8 @@ class Stacked:
 
     def _cat(self, place: int) -> Value:
         each = self.operators[place]
-        values = [self.read(pack) for pack in each.args[0]]
+        # A vector without elements joins values of any rank (an empty cache of transformers); a stack of it would not.
+        values = [self.read(pack) for pack in each.args[0] if tuple(pack.nodes[0].meta["val"].shape) != (0,)]
         dim = each.args[1] if len(each.args) > 1 else 0
         if not any(value.stacked for value in values):
             return Value(self.call(each.target, [value.node for value in values], dim), stacked=False)

@@ -167,6 +167,18 @@ def test_layers_that_see_as_far_share_an_attention() -> None:
     assert kinds == {"sliding": 2 * heads.pop(), "causal": kinds["causal"]} and 2 * kinds["causal"] == kinds["sliding"]
 
 
+def test_a_model_that_fills_in_masks() -> None:
+    """Its capture joins the keys to those of an empty cache, which has no dimensions to speak of."""
+    side_by_side = run_pass(LayerParallel((Segment(0, 2),)), run_pass(Cleanup(), models.program("llada")))
+    program = fused(side_by_side)
+    assert program.history[-1].remarks[0].status is Status.APPLIED
+    ids = models.tokens(2, 9, seed=4)
+    known = {"tokens": ids, "positions": torch.arange(9).expand(2, 9), "padding": torch.ones_like(ids)}
+    inputs = {port.name: known[port.role] for port in program.inputs}
+    with torch.no_grad():
+        assert_close(program.run(**inputs)["logits"], side_by_side.run(**inputs)["logits"], 1e-5)
+
+
 def test_attentions_that_see_as_far_go_back_to_their_layers() -> None:
     config = copy.deepcopy(models.model("gemma2").config)
     config.layer_types = ["sliding_attention", *["full_attention"] * 2, "sliding_attention", "full_attention"]
