@@ -17,7 +17,13 @@ from torch import Tensor, fx
 
 from skipstone.ir.device import DeviceProfile
 from skipstone.ir.device import measure_cpu as measure_cpu  # re-exported beside the model that it feeds
-from skipstone.ir.dialect import ATTENTION_OPS, CACHED_OPS, QUANTIZED_CACHED_ATTENTION, cache_operands
+from skipstone.ir.dialect import (
+    ATTENTION_OPS,
+    CACHED_OPS,
+    QUANTIZED_CACHED_ATTENTION,
+    WRITE_CACHE,
+    cache_operands,
+)
 from skipstone.ir.errors import UserError
 from skipstone.ir.formats import parse
 from skipstone.ir.program import Program, Role
@@ -352,6 +358,8 @@ def _weights(program: Program, node: fx.Node, sizes: Sizes) -> Iterator[Access]:
 
 def _activations(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     """Bytes that a node reads from and writes to other nodes; weights, keys and values count elsewhere."""
+    if node.target == WRITE_CACHE:
+        return 2 * _total(map(sizes.bytes, node.args[:2]))  # its rows, not the whole cache
     elsewhere: tuple[Any, ...] = ()
     if node.target in ATTENTION_OPS:
         caches = cache_operands(node) if node.target in CACHED_OPS else ([], [])
@@ -388,8 +396,9 @@ def token_bytes(node: fx.Node) -> tuple[float, float]:
 
 
 def kv_bytes_per_token(program: Program) -> int:
-    """Bytes of keys and values that each token of a sequence adds, over the attentions with a cache; rounded up."""
-    attentions = (node for node in program.nodes(*ATTENTION_OPS) if node.kwargs.get("slot", -1) != -1)
+    """Bytes of keys and values that each token of a sequence adds, over the cache slots; rounded up."""
+    writers = {node.kwargs.get("slot", -1): node for node in program.nodes(*ATTENTION_OPS)}
+    attentions = [node for slot, node in writers.items() if slot != -1]
     heads = ((node, int(node.args[1].meta["val"].shape[1])) for node in attentions)  # type: ignore[union-attr]
     return math.ceil(sum(number * sum(token_bytes(node)) for node, number in heads))
 

@@ -28,6 +28,11 @@ from skipstone.ir.gates import GATE as GATE
 from skipstone.ir.gates import SKIP_PREDICATE as SKIP_PREDICATE
 from skipstone.ir.gates import gate as gate
 from skipstone.ir.gates import skip_predicate as skip_predicate
+from skipstone.ir.keeping import KEEP as KEEP
+from skipstone.ir.keeping import WRITE_CACHE as WRITE_CACHE
+from skipstone.ir.keeping import keep as keep
+from skipstone.ir.keeping import write_cache as write_cache
+from skipstone.ir.keeping import write_rows
 from skipstone.ir.predicated import PREDICATED_LINEAR as PREDICATED_LINEAR
 from skipstone.ir.predicated import predicated_linear as predicated_linear
 from skipstone.ir.prompts import PROMPT_MEAN as PROMPT_MEAN
@@ -94,7 +99,8 @@ def attention(
         scale: factor of the logits.
         kind, window: the visibility pattern, see `Kind`.
         softcap: tanh cap of the logits, 0 for none.
-        slot: number of this attention in call order, which becomes its cache slot; -1 for cross attention.
+        slot: number of this attention, -1 for cross attention; those of one number share a cache slot, in which each
+            writes over what the one before has written for the same tokens.
         first_position: position of the first key, for `key_bias`.
     Returns:
         [B, N, S, Dv], contiguous.
@@ -141,9 +147,7 @@ def cached_attention_reference(
     """Attention through a fixed-capacity cache, in plain PyTorch operators; see `cached_attention`."""
     rows, capacity = k.shape[2], k_cache.shape[2]
     positions = start.unsqueeze(1) + torch.arange(rows, device=q.device)  # [B, S]
-    index = positions[:, None, :, None]
-    keys = k_cache.scatter(2, index.expand(*k.shape), k.to(k_cache.dtype))
-    values = v_cache.scatter(2, index.expand(*v.shape), v.to(v_cache.dtype))
+    keys, values = write_rows(k_cache, k, start), write_rows(v_cache, v, start)
     columns = torch.arange(capacity, device=q.device)
     allowed = visible(kind, window, positions[:, None, :, None], columns)
     if bias is not None:
@@ -203,6 +207,7 @@ ATTENTION = torch.ops.skipstone.attention.default
 CACHED_ATTENTION = torch.ops.skipstone.cached_attention.default
 CACHED_OPS = (CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION)
 ATTENTION_OPS = (ATTENTION, *CACHED_OPS)
+WRITING_OPS = (*CACHED_OPS, WRITE_CACHE)
 
 
 def key_bias_of(node: fx.Node) -> Any:
@@ -212,9 +217,12 @@ def key_bias_of(node: fx.Node) -> Any:
 
 
 def cache_operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The buffers of the keys and those of the values that one of `CACHED_OPS` reads.
-
-    Output number ``i + 1`` of the node replaces number i of both together.
-    """
-    keys, values = (list(each) if isinstance(each, list | tuple) else [each] for each in node.args[3:5])
+    """The buffers of the keys and those of the values that one of `WRITING_OPS` takes; see `first_buffer`."""
+    place = 2 if node.target == WRITE_CACHE else 3
+    keys, values = (list(each) if isinstance(each, list | tuple) else [each] for each in node.args[place : place + 2])
     return keys, values  # type: ignore[return-value]
+
+
+def first_buffer(node: fx.Node) -> int:
+    """Which output of one of `WRITING_OPS` replaces the first of its buffers; the others follow in their order."""
+    return 0 if node.target == WRITE_CACHE else 1

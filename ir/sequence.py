@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION, EXPERTS, GATE, Kind
+from skipstone.ir.dialect import ATTENTION, EXPERTS, GATE, KEEP, Kind
 from skipstone.ir.einsum import summed
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
@@ -187,6 +187,9 @@ class _Analysis:
             return self._judge_attention(node)
         if self._length_as_value(node) or not self.measured.isdisjoint(node.all_input_nodes):
             return f"{_name(node)} uses the sequence length as a number"
+        if target is KEEP:
+            apart = all(self._is_rows(operand, axis=2) for operand in node.args[1:])
+            return "" if apart else "keys and values of something other than the sequence stay in the cache"
         inputs = [operand for operand in node.all_input_nodes if self._axes(operand)]
         if not inputs and not self._axes(node):
             return ""

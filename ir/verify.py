@@ -6,7 +6,7 @@ it. The invariants:
 1. Nodes are placeholders, tensors, calls of functions and one output; each is used only after it is computed.
 2. Every value has the shape, dtype and device that its node gives on fake tensors.
 3. Ports and graph agree: one port a placeholder and output, equal names, and the types that roles require.
-4. Every cache slot is written exactly once a step, by the attention of that number, which alone reads it.
+4. Every cache slot is written once a step, or by a chain that hands its buffers on; nothing else reads them.
 5. No operator writes to its arguments.
 6. The branches of a condition take and return the same types; what a gate spares comes after its decision.
 7. Nothing is dead: every tensor and every call has a user.
@@ -17,7 +17,7 @@ it. The invariants:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from skipstone.ir.dialect import CACHED_OPS, GATE, cache_operands
+from skipstone.ir.dialect import GATE, WRITING_OPS, cache_operands, first_buffer
 from skipstone.ir.errors import Malformed
 from skipstone.ir.gates import spared
 from skipstone.ir.printer import excerpt, type_text
@@ -151,43 +151,49 @@ def _port_type(port: Port, node: fx.Node) -> Iterator[Violation]:
 
 
 def _slots_written_once(program: Program) -> Iterator[Violation]:
-    """Every cache slot is written exactly once a step, by the attention of that number, which alone reads it."""
-    writers: dict[int, fx.Node] = {}
-    for node in program.nodes(*CACHED_OPS):
+    """Every cache slot is written once a step, or by a chain that hands its buffers on; nothing else reads them."""
+    writers: dict[int, list[fx.Node]] = {}
+    for node in program.nodes(*WRITING_OPS):
         slot: Any = node.kwargs.get("slot", -1)
-        if slot in writers:
-            yield node, f"slot {slot} is written by {writers[slot].name} already"
-        writers[slot] = node
+        writers.setdefault(slot, []).append(node)
     slots = program.slots()
     if len(set(slots)) < len(slots) or min(slots, default=0) < 0:
         yield None, f"the slots are {list(slots)}, not a number of its own for each"
-    for slot, writer in writers.items():
+    for slot, chain in writers.items():
         if slot not in slots:
-            yield writer, f"writes slot {slot}, which no input holds"
+            yield chain[0], f"writes slot {slot}, which no input holds"
     for port in (*program.inputs, *program.outputs):
         if port.slot is not None:
-            yield from _slot_port(program, port, writers.get(port.slot))
+            yield from _slot_port(program, port, writers.get(port.slot, []))
 
 
-def _slot_port(program: Program, port: Port, writer: fx.Node | None) -> Iterator[Violation]:
+def _slot_port(program: Program, port: Port, writers: Sequence[fx.Node]) -> Iterator[Violation]:
     """What is wrong with one buffer of the keys or values of a slot."""
     role, slot = port.role, port.slot
     before, after = program.input(role, slot, port.part), program.output(role, slot, port.part)
     if before is None or after is None:
         yield before or after, f"the {role} of slot {slot} has no {'input' if before is None else 'output'}"
         return
-    if writer is None:
+    if not writers:
         yield before, f"no attention writes slot {slot}"
         return
-    keys, values = cache_operands(writer)
-    mine = keys if role == Role.CACHE_KEY else values
-    if before not in mine:
-        yield writer, f"attention of slot {slot} does not read {before.name}"
-        return
-    for user in before.users:
-        if user is not writer:
-            yield user, f"reads {before.name}, which belongs to {writer.name}"
-    result = 1 + mine.index(before) + (len(keys) if role == Role.CACHE_VALUE else 0)
+    held = before
+    for place, writer in enumerate(writers):
+        keys, values = cache_operands(writer)
+        mine = keys if role == Role.CACHE_KEY else values
+        if held not in mine:
+            yield writer, f"writes slot {slot}, but does not take {held.name}"
+            return
+        for user in held.users:
+            if user is not writer:
+                yield user, f"reads {held.name}, which belongs to {writer.name}"
+        result = first_buffer(writer) + mine.index(held) + (len(keys) if role == Role.CACHE_VALUE else 0)
+        left = [user for user in writer.users if user.target is operator.getitem and user.args[1] == result]
+        if place + 1 < len(writers) and len(left) == 1:
+            (held,) = left
+        elif place + 1 < len(writers):
+            yield writer, f"leaves output {result}, the {role} of slot {slot}, in {len(left)} places"
+            return
     if after.target is not operator.getitem or after.args != (writer, result):
         yield after, f"leaves as the {role} of slot {slot}, but is not output {result} of {writer.name}"
     for user in after.users:

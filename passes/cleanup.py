@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from skipstone.ir.dialect import KEEP
 from skipstone.ir.program import Program
 from skipstone.passes.base import Pass, Remark
 
@@ -20,13 +21,17 @@ _COPIES = (
     aten.detach.default,
     aten.contiguous.default,
     aten.lift_fresh_copy.default,
+    KEEP,
 )
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 
 
 @dataclass(frozen=True)
 class Cleanup(Pass):
-    """Drop identities (copies, casts to the same type, dropout in evaluation, whole slices), merge equal nodes."""
+    """Drop identities (copies, casts to the same type, dropout in evaluation, whole slices), merge equal nodes.
+
+    `keep` is one of them: only where there is a cache, it means something.
+    """
 
     name: ClassVar[str] = "cleanup"
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, cache_operands
+from skipstone.ir.dialect import (
+    ATTENTION,
+    CACHED_ATTENTION,
+    KEEP,
+    WRITE_CACHE,
+    WRITING_OPS,
+    cache_operands,
+    first_buffer,
+)
 from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.program import Port, Program, Role, fake_value, module_path, provenance
 from skipstone.ir.sequence import prove_cacheable
@@ -20,7 +29,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class InsertKVCache(Pass):
-    """Turn each `attention` into a `cached_attention` with its own slot, numbered densely in graph order.
+    """Turn each `attention` into a `cached_attention` with a slot, numbered densely in graph order.
+
+    Attentions that have one number share a slot: each takes the buffers that the one before has written, reads what
+    earlier steps have left there, and writes over the rows of the new tokens. A `keep` is the last of them to write.
 
     The program gains the inputs ``start``, ``logit_rows``, ``key_i`` and ``value_i`` and the outputs ``new_key_i`` and
     ``new_value_i``. It is done only where `skipstone.ir.sequence` proves that tokens mix in attention alone.
@@ -47,31 +59,76 @@ class InsertKVCache(Pass):
         """See `Pass.rewrite`."""
         select_logit_rows(program)
         start = program.add_input(Port("start", Role.START), _like_batch(program, ()))
-        remarks, results = [], []
-        for slot, node in enumerate(list(program.nodes(ATTENTION))):
-            q, k, v = (argument for argument in node.args[:3])
-            constants = node.args[5:]  # sinks, key bias and its frequencies
-            caches = [
-                program.add_input(Port(f"{which}_{slot}", role, slot), _like_cache(program, value))  # type: ignore[arg-type]
-                for which, role, value in (("key", Role.CACHE_KEY, k), ("value", Role.CACHE_VALUE, v))
-            ]
+        held: dict[Any, list[fx.Node]] = {}  # by number: the buffers, as the last that wrote them has left them
+        writers: Counter[int] = Counter()
+        remarks = []
+        for node in list(program.nodes(ATTENTION, KEEP)):
+            number = node.kwargs["slot"]
+            if number not in held:
+                held[number] = _buffers(program, len(held), node)
+                remarks.append(self.applied(f"slot {len(held) - 1}", module_path(node)))
+            slot = list(held).index(number)
             with provenance(program, self.name, like=node), program.graph.inserting_before(node):
-                operands = (q, k, v, *caches, start, None, *constants)
-                call = program.call(CACHED_ATTENTION, *operands, **{**node.kwargs, "slot": slot})
-                out, new_key, new_value = (program.call(operator.getitem, call, index) for index in range(3))
+                out, held[number] = _cached(program, node, held[number], start, slot)
             node.replace_all_uses_with(out)
             program.graph.erase_node(node)
-            results += [(Port(f"new_key_{slot}", Role.CACHE_KEY, slot), new_key)]
-            results += [(Port(f"new_value_{slot}", Role.CACHE_VALUE, slot), new_value)]
-            remarks.append(self.applied(f"slot {slot}", module_path(out)))
-        for port, node in results:
-            program.add_output(port, node)
+            writers[slot] += 1
+        for slot, (key, value) in enumerate(held.values()):
+            program.add_output(Port(f"new_key_{slot}", Role.CACHE_KEY, slot), key)
+            program.add_output(Port(f"new_value_{slot}", Role.CACHE_VALUE, slot), value)
+        shared = [slot for slot, number in writers.items() if number > 1]
+        if shared:  # first, where people see it
+            why = "decoding token by token no longer equals reading all at once: kept is what was written last"
+            where = f"slot{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
+            remarks.insert(0, self.applied(where, why, shared=len(shared)))
         return remarks
 
     def ensures(self, program: Program) -> None:
         """See `Pass.ensures`."""
-        if any(True for _ in program.nodes(ATTENTION)):
+        if any(True for _ in program.nodes(ATTENTION, KEEP)):
             raise InternalError("an attention without a cache slot is left")
+
+
+def number_apart(program: Program) -> None:
+    """Give every attention that is to have a cache a number of its own, which no other shares."""
+    nodes = (node for node in program.nodes(ATTENTION) if node.kwargs.get("slot", -1) != -1)
+    for number, node in enumerate(nodes):
+        node.kwargs = {**node.kwargs, "slot": number}
+
+
+def _buffers(program: Program, slot: int, node: fx.Node) -> list[fx.Node]:
+    """The inputs for the keys and the values of an attention."""
+    pairs = zip((("key", Role.CACHE_KEY), ("value", Role.CACHE_VALUE)), node.args[1:3], strict=True)
+    return [
+        program.add_input(Port(f"{which}_{slot}", role, slot), _like_cache(program, value))  # type: ignore[arg-type]
+        for (which, role), value in pairs
+    ]
+
+
+def _cached(
+    program: Program, node: fx.Node, caches: list[fx.Node], start: fx.Node, slot: int
+) -> tuple[fx.Node, list[fx.Node]]:
+    """What stands for an attention or a `keep` where there is a cache, and the buffers behind it."""
+    x, k, v, *_ = node.args
+    if node.target == KEEP:
+        call = program.call(WRITE_CACHE, k, v, *caches, start, slot=slot)
+    else:
+        constants = node.args[5:]  # sinks, key bias and its frequencies
+        call = program.call(
+            CACHED_ATTENTION, x, k, v, *caches, start, None, *constants, **{**node.kwargs, "slot": slot}
+        )
+    *outs, key, value = (program.call(operator.getitem, call, index) for index in range(first_buffer(call) + 2))
+    return (outs[0] if outs else x), [key, value]  # type: ignore[return-value]
+
+
+def shared_slot(program: Program) -> fx.Node | None:
+    """The first of what writes a cache slot that another has written before it, if there is one."""
+    seen: set[Any] = set()
+    for node in program.nodes(*WRITING_OPS):
+        if node.kwargs["slot"] in seen:
+            return node
+        seen.add(node.kwargs["slot"])
+    return None
 
 
 def select_logit_rows(program: Program) -> None:

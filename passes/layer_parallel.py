@@ -22,20 +22,22 @@ from typing import Any, ClassVar, Literal, NoReturn
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import GATE
+from skipstone.ir.dialect import ATTENTION, GATE, KEEP
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.gates import spared
 from skipstone.ir.lanes import LANE, START, STATE, GroupName, Place, State
-from skipstone.ir.program import Program, provenance
+from skipstone.ir.program import Program, module_path, provenance
 from skipstone.ir.regions import Region, behind, cut
 from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer, original_layers
 from skipstone.ir.surrogate import COPIES, PRODUCTS, SUMS, Coefficient, SkipPath
 from skipstone.passes.base import Pass, Remark
+from skipstone.passes.kv_cache import number_apart
 
 aten = torch.ops.aten
 
 Unit = Literal["layer", "sublayer", "two_stage"]
 Surrogate = Literal["auto", "at_iterate", "identity", "zero"]
+Policy = Literal["iterate", "last", "final"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -125,21 +127,25 @@ class LayerParallel(Pass):
 
     Attributes:
         segments: in the order of the model's layers, without overlap.
-        kv: which keys and values stay in the cache. "iterate": each iteration has its own slots, so that decoding
-            token by token equals reading all at once.
+        kv: which keys and values stay in the cache for later steps. "iterate": those of each iteration, in slots of
+            their own, so that decoding token by token equals reading all at once. "last": those of the last iteration
+            that evaluates a layer, which all its iterations read; "final": those of the corrected state before a layer,
+            which are computed once more. With one slot a layer, what is read in one step is computed in another way
+            than what is read in several, except where every layer has its own iteration. Without a cache, this means
+            nothing.
     """
 
     name: ClassVar[str] = "layer_parallel"
 
     segments: tuple[Segment, ...] = ()
-    kv: str = "iterate"
+    kv: Policy = "iterate"
 
     def validate(self) -> None:
         """Refuse settings that fit no model.
 
         Raises:
-            InvalidPlan: no segment, one that no model has, or segments that overlap or stand out of order.
-            Unsupported: another policy for keys and values.
+            InvalidPlan: no segment, one that no model has, segments that overlap or stand out of order, or corrected
+                states where there are none.
         """
         if not self.segments:
             raise InvalidPlan("layer_parallel without a segment.", hint="Write LayerParallel((Segment(2, 4),)).")
@@ -149,9 +155,10 @@ class LayerParallel(Pass):
             if second.start < first.stop:
                 problem = f"layer_parallel: {second} stand behind {first} in the plan."
                 raise InvalidPlan(problem, hint="Segments follow each other without overlap.")
-        if self.kv != "iterate":
-            why = f"layer_parallel with kv={self.kv!r}: with one slot a layer, decoding would differ from prefill"
-            raise Unsupported(why, hint="Take kv='iterate'.")
+        staged = [segment for segment in self.segments if segment.unit == "two_stage"]
+        if staged and self.kv == "final":
+            problem = f"layer_parallel: {staged[0]} in two stages with kv='final': no layer's state is corrected."
+            raise InvalidPlan(problem, hint="Take kv='iterate'; of one iteration, it is one slot a layer.")
 
     def check(self, program: Program) -> None:
         """See `Pass.check`."""
@@ -167,6 +174,8 @@ class LayerParallel(Pass):
         found = [(segment, _stages(program, segment)) for segment in self.segments]
         ends = [self._run(program, segment, stages) for segment, stages in reversed(found)][::-1]
         program.recompile()
+        if self.kv == "iterate":
+            number_apart(program)
         alive = set(program.graph.nodes)
         return [
             self._remark(segment, stages, sum(end in alive for end in evaluated))
@@ -194,6 +203,8 @@ class LayerParallel(Pass):
             start = _State(first.entry, _wide(program, first.entry))
             for number, stage in enumerate(stages):
                 trace = _iterate(program, stage, start, segment, number, evaluated)
+                if self.kv == "final":
+                    trace[-1] = _kept_anew(program, stage, start, trace, segment.iterations)
                 start = trace[-1]
                 if len(stages) == 1:
                     for region, state in zip(stage, trace, strict=True):
@@ -354,6 +365,29 @@ def _kept(program: Program, settled: fx.Node, before: Sequence[_State], after: S
             wide = program.call(aten.slice.Tensor, whole, -1, number * width, (number + 1) * width)
         kept.append(_State(_cast(program, wide, state.value.meta["val"].dtype), wide))
     return kept
+
+
+def _kept_anew(
+    program: Program, regions: Sequence[Region], start: _State, trace: Sequence[_State], iterations: int
+) -> _State:
+    """The last state, behind which the keys and values of the corrected states stay in the cache.
+
+    The first layers read their final states in one of the iterations already.
+    """
+    kept = trace[-1].value
+    for region, state in list(zip(regions, (start, *trace), strict=False))[iterations:]:
+        copies = _evaluate(program, region, state.value)
+        behind_attention: set[fx.Node] = set()
+        for node in region.nodes:
+            if node.target == ATTENTION:
+                if not behind_attention.isdisjoint(node.args[1:3]):  # type: ignore[arg-type]
+                    feature = "layer_parallel with kv='final' of keys that another attention of the layer makes"
+                    raise Unsupported(feature, where=module_path(node), hint="Take kv='iterate' or kv='last'.")
+                k, v = fx.map_arg(node.args[1:3], lambda operand, copies=copies: copies.get(operand, operand))  # type: ignore[misc]
+                kept = program.call(KEEP, kept, k, v, slot=node.kwargs["slot"])
+            if node.target == ATTENTION or not behind_attention.isdisjoint(node.all_input_nodes):
+                behind_attention.add(node)
+    return _State(kept, trace[-1].wide)
 
 
 def _evaluate(program: Program, region: Region, entry: fx.Node) -> dict[fx.Node, fx.Node]:

@@ -15,12 +15,12 @@ from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, QUANTIZED_CACHED_A
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.formats import Format, Full, choose
 from skipstone.ir.key_bias import large_key_biases
-from skipstone.ir.program import Port, Program, Role, provenance
+from skipstone.ir.program import Port, Program, Role, module_path, provenance
 from skipstone.ir.quantized import cache_format
 from skipstone.ir.statistics import calibrated, sites
 from skipstone.passes.base import Pass, Remark
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
-from skipstone.passes.kv_cache import count_input, drop_slot
+from skipstone.passes.kv_cache import count_input, drop_slot, shared_slot
 from skipstone.passes.split_heads import HEADS, SplitHeads
 
 MARGIN = 1.1
@@ -180,6 +180,9 @@ class QuantizeKV(Pass):
         if not program.slots():
             hint = "Remove it from the plan, or use cache=True."
             raise Unsupported("quantize_kv for a program without a KV cache", hint=hint)
+        if (writer := shared_slot(program)) is not None:
+            feature = "quantize_kv for a cache slot that several iterations write"
+            raise Unsupported(feature, where=module_path(writer), hint="Take kv='iterate' in layer_parallel.")
         self._check_layers({node.meta.get("layer") for node in sites(program)})
         refused = self._reason_against(program)
         for node, site in sites(program).items():

@@ -13,6 +13,7 @@ from skipstone.ir.dialect import ATTENTION
 from skipstone.ir.errors import InternalError
 from skipstone.ir.program import Program, module_path, provenance
 from skipstone.passes.base import Pass, Remark
+from skipstone.passes.kv_cache import number_apart
 
 aten = torch.ops.aten
 
@@ -43,6 +44,7 @@ class SplitHeads(Pass):
                 remarks.append(self.applied(module_path(node), f"split into {len(groups)} groups of heads"))
                 node.replace_all_uses_with(whole)
                 program.graph.erase_node(node)
+        number_apart(program)
         return remarks or [self.missed("model", "no attention is to be split")]
 
     def ensures(self, program: Program) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION
+from skipstone.ir.dialect import ATTENTION, KEEP
 from skipstone.ir.lanes import NotAlike, Operator, Pack
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ aten = torch.ops.aten
 def attend(lanes: Stacked, each: Operator) -> tuple[fx.Node, bool]:
     """The results of the attention of all lanes, [N, B, H, S, D], or of the one that is the same for all, and which.
 
-    Lanes whose attention sees others, or as far as others, have one together; the others have theirs.
+    Lanes whose attention sees others, or as far as others, have one together; the others have theirs, as have those
+    that share a cache slot with another iteration, in which other lanes stand side by side.
 
     Raises:
         NotAlike: an operand has no form over several lanes.
@@ -32,8 +34,11 @@ def attend(lanes: Stacked, each: Operator) -> tuple[fx.Node, bool]:
     if any(value is not None for value in operands[6:]):
         raise NotAlike("attention with a key bias has no form over several layers")
     kinds: dict[Any, list[int]] = {}
+    slots = Counter(node.kwargs.get("slot", -1) for node in lanes.program.nodes(ATTENTION, KEEP))
     for lane, node in enumerate(each.nodes):
-        kinds.setdefault((node.kwargs["kind"], node.kwargs.get("window", 0)), []).append(lane)
+        slot = node.kwargs.get("slot", -1)
+        shared = slot if slots[slot] > 1 and slot != -1 else None
+        kinds.setdefault((node.kwargs["kind"], node.kwargs.get("window", 0), shared), []).append(lane)
     results = [_heads(lanes, each, operands, own) for own in kinds.values()]
     if len(results) == 1:
         return results[0], True

@@ -80,6 +80,8 @@ class StackedWeights:
         start, count = families[0].index(own[0][0]), len(own[0])
         if any(family[start : start + count] != names for family, names in zip(families, own, strict=True)):
             families, start = own, 0  # a tensor of several families
+        if (form, families) not in self._stacks and not self._has(families):
+            families, start = own, 0  # of the others, the program has only stacks left
         if (form, families) not in self._stacks:
             with torch.no_grad():
                 made = make([[self.program.tensor(name) for name in family] for family in families])
@@ -91,6 +93,10 @@ class StackedWeights:
             part = self._stacks[form, families][start : start + count]
             self._nodes[form, own] = self.program.add_tensor(self._free(f"{form}_{own[0][0]}"), part)
         return self._nodes[form, own]
+
+    def _has(self, families: Sequence[tuple[str, ...]]) -> bool:
+        known = self.program.tensors()
+        return all(name in known for family in families for name in family)
 
     def _note(self, families: tuple[tuple[str, ...], ...], stack: Tensor) -> None:
         """Note where tensors lie in a stack that has those of each lane behind one another, or one of each lane."""

@@ -110,7 +110,7 @@ def optimize(
         if isinstance(entry, (LayerParallel, SkipByPrompt, SkipFFNAdaptive)):
             entry.validate()
     _check_quantization(plan, target, calibration is not None)
-    _check_budget(budget, plan, calibration)
+    _check_budget(budget, plan, calibration, cache)
     stages = _Stages(progress)
     with stages("capture"):
         captured = capture(model, example_inputs, dynamic_shapes)
@@ -233,6 +233,9 @@ def rewrite(
             count = sum(1 for _ in program.nodes())
             program.history.append(Record(InsertKVCache.name, (remark,), count, count, 0.0, readable(program)))
     for entry in plan:
+        if isinstance(entry, LayerParallel) and entry.kv != "iterate" and not program.slots():
+            remark = entry.missed(f"kv={entry.kv!r}", "without a cache, no keys and values stay")
+            program.history[-1] = replace(program.history[-1], remarks=(*program.history[-1].remarks, remark))
         if isinstance(entry, BEHIND_CACHE):
             program = run_pass(entry, program, strict)
     if target == "triton" and any(True for _ in program.nodes(GATE)):
@@ -284,14 +287,17 @@ def _check_quantization(plan: Plan, target: str, calibrated: bool) -> None:
         )
 
 
-def _check_budget(budget: Budget | None, plan: Plan, calibration: CalibrationData | None) -> None:
-    """Refuse a budget without the data that it needs, before any work begins."""
+def _check_budget(budget: Budget | None, plan: Plan, calibration: CalibrationData | None, cache: bool) -> None:
+    """Refuse a budget that cannot be proved, or not without more data, before any work begins."""
     if budget is None:
         return
     if not isinstance(budget, Budget):
         raise UserError(
             f"budget is {type(budget).__name__}, expected skipstone.Budget.", hint="Write Budget(nll=0.01)."
         )
+    if cache and any(isinstance(entry, LayerParallel) and entry.kv != "iterate" for entry in plan):
+        feature = "a budget for layer_parallel with one slot a layer: sequences are proved as they are read at once"
+        raise Unsupported(feature, hint="Take kv='iterate', which decodes token by token what it reads at once.")
     hint = "Pass calibration=, a list of token batches: the last of them are held out for the proof."
     if calibration is None and not len(plan):
         raise InvalidInput("there is no data to choose sublayers on.", hint=hint)

@@ -181,7 +181,9 @@ REFUSED: dict[str, tuple[Plan, type[SkipstoneError], str]] = {
     "no stages": (Plan([LayerParallel((Segment(1, 3, 1, "two_stage", "zero"),))]), InvalidPlan, "'zero'"),
     "overlap": (Plan([LayerParallel((Segment(0, 2), Segment(1, 3)))]), InvalidPlan, "without overlap"),
     "order": (Plan([LayerParallel((Segment(1, 2), Segment(0, 1)))]), InvalidPlan, "without overlap"),
-    "slots": (Plan([LayerParallel((Segment(0, 2),), kv="final")]), Unsupported, "decoding would differ from prefill"),
+    "corrected stages": (
+        Plan([LayerParallel((Segment(1, 3, 1, "two_stage"),), "final")]), InvalidPlan, "two stages with kv='final'"
+    ),
     "skipped": (
         Plan([SkipSublayers(layers=(1,)), LayerParallel((Segment(0, 3),))]), InvalidPlan, "layer 1 .* is skipped"
     ),

@@ -204,7 +204,7 @@ def test_9_a_continuation_with_a_cache_of_its_own(stepwise: Program) -> None:
 def test_4_written_twice(stepwise: Program) -> None:
     _, second = stepwise.nodes(CACHED_ATTENTION)
     second.kwargs = {**second.kwargs, "slot": 0}
-    _refused(stepwise, 4, second.name, "slot 0 is written")
+    _refused(stepwise, 4, second.name, "writes slot 0, but does not take")
 
 
 def test_4_read_by_another_node(stepwise: Program) -> None:

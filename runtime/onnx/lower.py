@@ -33,19 +33,24 @@ from skipstone.ir.dialect import (
     PROMPT_TURN,
     QUANTIZED_CACHED_ATTENTION,
     SKIP_PREDICATE,
+    WRITE_CACHE,
+    WRITING_OPS,
     Kind,
     attention_reference,
     cached_attention_reference,
+    first_buffer,
     key_bias_products,
 )
 from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
 from skipstone.ir.formats import parse
-from skipstone.ir.program import Program, module_path
+from skipstone.ir.keeping import write_cache_reference
+from skipstone.ir.program import Port, Program, Role, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.runtime.onnx import attention, experts, gates
 from skipstone.runtime.onnx.layouts import cancel_moves
 from skipstone.runtime.onnx.operators import gather_operators, rotary
 from skipstone.runtime.onnx.quantized import MICROSOFT, quantization, refuse_attentions
+from skipstone.runtime.session import written_buffers
 
 OPSET = 23
 MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
@@ -65,12 +70,15 @@ class LoweredModel:
         proto: the serialized model. Large initializers are external data without content.
         tensors: the external initializers by name; they alias the program's tensors.
         inputs, outputs: names in port order.
+        written: for each output that replaces a cache buffer, that buffer. Where a slot is written several times, all
+            of these outputs are to be one memory with the buffer; then each writes in place, in their order.
     """
 
     proto: bytes
     tensors: dict[str, Tensor]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    written: dict[str, str]
 
 
 def lower(program: Program, directory: Path | None = None) -> LoweredModel:
@@ -86,7 +94,7 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
     """
     _check_dtypes(program)
     refuse_attentions(program)
-    program = gather_operators(program)
+    program = _with_all_writes(gather_operators(program))
     exported = _export(program)
     try:
         model = _to_onnx(exported)
@@ -103,8 +111,22 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
     proto = ir.to_proto(model).SerializeToString()
     if directory is not None:
         _save(proto, tensors, directory)
-    inputs, outputs = program.inputs, program.outputs
-    return LoweredModel(proto, tensors, tuple(p.name for p in inputs), tuple(p.name for p in outputs))
+    inputs, outputs = (tuple(port.name for port in ports) for ports in (program.inputs, program.outputs))
+    return LoweredModel(proto, tensors, inputs, outputs, written_buffers(program))
+
+
+def _with_all_writes(program: Program) -> Program:
+    """A program that also returns what a cache slot holds before it is written once more."""
+    program = program.copy()
+    returned = set(program.output_node().all_input_nodes)
+    for number, node in enumerate(program.nodes(*WRITING_OPS)):
+        for left in [user for user in node.users if user not in returned]:
+            place: Any = left.args[1]
+            if (place := place - first_buffer(node)) >= 0:
+                role, name = ((Role.CACHE_KEY, "key"), (Role.CACHE_VALUE, "value"))[place]
+                slot: Any = node.kwargs["slot"]
+                program.add_output(Port(f"{name}_{slot}_before_{number}", role, slot), left)
+    return program
 
 
 def _check_dtypes(program: Program) -> None:
@@ -142,6 +164,8 @@ class _OnnxForms(fx.Interpreter):
                 return self._group_query_attention(*args, **kwargs)
             case _ if target == CACHED_ATTENTION:
                 return cached_attention_reference(*args, **kwargs)
+            case _ if target == WRITE_CACHE:
+                return write_cache_reference(*args)
             case _ if target == QUANTIZED_CACHED_ATTENTION:
                 return self._quantized_attention(*args, **kwargs)
             case _ if target is rotary:

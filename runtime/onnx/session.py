@@ -13,7 +13,7 @@ from skipstone.ir.program import Program
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.onnx.lower import LoweredModel, lower
 from skipstone.runtime.onnx.memory import large_blocks_apart
-from skipstone.runtime.session import ProgramSession, cache_layout, written_buffers
+from skipstone.runtime.session import ProgramSession, cache_layout
 
 
 class OnnxSession(ProgramSession):
@@ -32,12 +32,12 @@ class OnnxSession(ProgramSession):
     def __init__(self, program: Program, threads: int | None = None) -> None:
         self.program = program
         self.layout = cache_layout(program)
-        self._written = written_buffers(program)
         lowered = lower(program)
+        self._written = lowered.written
         # ONNX Runtime reads these for as long as it lives.
         self._weights = lowered.tensors
         self._session = _open(lowered, threads)
-        self._outputs = lowered.outputs
+        self._outputs = [port.name for port in program.outputs]
         self._binding: _StepBinding | None = None
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

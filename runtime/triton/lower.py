@@ -1,9 +1,10 @@
 """From a program to a graph that Inductor compiles: caches are written in place, small operators become plain ones.
 
 Functional caches would be copied whole at each step, since Inductor does not elide those copies (457 ms a step against
-0.6 ms, for four caches of 128 MB). So each cached attention becomes its mutating twin over the same buffers, and the
-new buffers leave the outputs. Attention through a cache and predicated linear layers stay operators of the dialect,
-which have Triton kernels on CUDA devices; the others become their references, so that Inductor sees into them.
+0.6 ms, for four caches of 128 MB). So each cached attention becomes its mutating twin over the same buffers, those of
+one slot in their order, and the new buffers leave the outputs. Attention through a cache and predicated linear layers
+stay operators of the dialect, which have Triton kernels on CUDA devices; the others become their references, so that
+Inductor sees into them.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.node import has_side_effect
 
 from skipstone.ir.dialect import (
     ATTENTION,
     CACHED_ATTENTION,
-    CACHED_OPS,
     EXPERTS,
     GATE,
     PROMPT_MEAN,
     PROMPT_TURN,
     SKIP_PREDICATE,
+    WRITE_CACHE,
+    WRITING_OPS,
     attention_reference,
     cache_operands,
+    first_buffer,
 )
 from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.gates import cosine, decoding
@@ -50,7 +54,7 @@ def lower(program: Program) -> Program:
     """
     program = program.copy()
     program.remove_outputs([node for node in _returned(program) if _is_buffer(node)])
-    for node in list(program.nodes(*CACHED_OPS)):
+    for node in list(program.nodes(*WRITING_OPS)):
         _write_in_place(program, node)
     for node in program.nodes(*_PLAIN):
         node.target = _PLAIN[node.target]
@@ -119,15 +123,37 @@ def _returned(program: Program) -> list[fx.Node]:
 def _is_buffer(node: fx.Node) -> bool:
     """Whether a value is a cache buffer after a step."""
     source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target in CACHED_OPS and node.args[1] != 0  # type: ignore[operator, return-value]
+    return isinstance(source, fx.Node) and source.target in WRITING_OPS and node.args[1] >= first_buffer(source)  # type: ignore[operator, return-value]
 
 
 def _write_in_place(program: Program, node: fx.Node) -> None:
-    """Put the mutating twin in the place of a cached attention."""
+    """Put a mutating twin in the place of what writes to a cache slot; what follows it there takes the same buffers."""
     keys, values = cache_operands(node)
-    for buffer in (*keys, *values):
-        if list(buffer.users) != [node]:
+    buffers = (*keys, *values)
+    for buffer in buffers:
+        if any(user is not node and user.target not in (TWIN, _write_rows) for user in buffer.users):
             raise InternalError(f"the cache buffer {buffer.name} is read beside its attention {node.name}")
+    with program.graph.inserting_before(node):
+        out = _twin(program, node)
+    for user in list(node.users):
+        place: Any = user.args[1]
+        if (place := place - first_buffer(node)) < 0:
+            user.replace_all_uses_with(out)
+        elif any(reader.target not in WRITING_OPS for reader in user.users):
+            raise InternalError(f"{user.name}, a cache buffer after a step, is read inside the program")
+        else:
+            user.replace_all_uses_with(buffers[place])
+        program.graph.erase_node(user)
+    program.graph.erase_node(node)
+
+
+def _twin(program: Program, node: fx.Node) -> fx.Node:
+    """What computes an attention and writes in place; of a plain write, the last of its parts."""
+    keys, values = cache_operands(node)
+    if node.target == WRITE_CACHE:
+        k, v, *_, start = node.args
+        program.call(_write_rows, *keys, k, start)
+        return program.call(_write_rows, *values, v, start)
     if node.target == CACHED_ATTENTION:
         q, k, v, _, _, start, bias, sinks, key_bias, frequencies = (*node.args, *[None] * 4)[:10]
         if bias is not None:
@@ -136,16 +162,17 @@ def _write_in_place(program: Program, node: fx.Node) -> None:
         options: dict[str, Any] = {"k_format": "full", "v_format": "full", **node.kwargs}
     else:
         args, options = node.args, dict(node.kwargs)
-    with program.graph.inserting_before(node):
-        out = program.call(TWIN, *args, **options)
+    out = program.call(TWIN, *args, **options)
     out.meta = {**node.meta, "val": out.meta["val"]}
-    for user in list(node.users):
-        if user.args[1] == 0:
-            user.replace_all_uses_with(out)
-        elif user.users:
-            raise InternalError(f"{user.name}, a cache buffer after a step, is read inside the program")
-        program.graph.erase_node(user)
-    program.graph.erase_node(node)
+    return out
+
+
+@has_side_effect
+def _write_rows(cache: Tensor, rows: Tensor, start: Tensor) -> None:
+    """Write rows [B, KH, S, D] into a cache [B, KH, C, D] from row ``start[b]`` on."""
+    places = start.unsqueeze(1) + torch.arange(rows.shape[2], device=rows.device)
+    batch = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
+    cache.transpose(1, 2).index_put_((batch, places), rows.transpose(1, 2).to(cache.dtype))
 
 
 def _skip_predicate(
