@@ -17,6 +17,7 @@ from skipstone.kernels.encoding import (
     is_finite,
 )
 from skipstone.kernels.launch import Launch, buffer
+from skipstone.kernels.overlap import begin_early, wait_for_kernels
 from skipstone.kernels.tiles import buffer_start, channels, columns
 
 
@@ -36,8 +37,9 @@ def append(call: Call) -> Launch:
             "count": call.count,
             "capacity": call.capacity,
         },
-        call.formats("FORM", "GROUP", "WIDTH"),
+        {**call.formats("FORM", "GROUP", "WIDTH"), "OVERLAP": call.overlaps},
         warps=1,
+        overlaps=call.overlaps,
     )
 
 
@@ -55,8 +57,9 @@ def keep(call: Call) -> Launch:
             "start": call.start,
             "count": call.count,
         },
-        {**call.formats("FORM", "PARTS", "WIDTH"), "FIRST": first, "RING": ring},
+        {**call.formats("FORM", "PARTS", "WIDTH"), "FIRST": first, "RING": ring, "OVERLAP": call.overlaps},
         warps=1,
+        overlaps=call.overlaps,
     )
 
 
@@ -64,17 +67,32 @@ def keep(call: Call) -> Launch:
 def append_rows(
     k_new, v_new, keys, values, k_static, v_static, start, count, capacity,
     K_FORM: tl.constexpr, K_GROUP: tl.constexpr, K_WIDTH: tl.constexpr,
-    V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_WIDTH: tl.constexpr,
+    V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write one token of one head: key and value, from buffers [B, KH, S, D] to the caches' row ``start + token``."""
+    begin_early(OVERLAP)
+    wait_for_kernels(OVERLAP)
     token, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.load(start + batch) + token
     valid = tl.num_programs(0) if count is None else tl.load(count + batch)
     if (token < valid) & (row < capacity):
-        x = buffer_start(k_new, batch, head) + token * k_new[3]
-        _store_row(x, keys, batch, head, row, k_static, K_FORM, K_GROUP, K_WIDTH)
-        x = buffer_start(v_new, batch, head) + token * v_new[3]
-        _store_row(x, values, batch, head, row, v_static, V_FORM, V_GROUP, V_WIDTH)
+        append_row(
+            k_new, v_new, keys, values, k_static, v_static, batch, head, token, row,
+            K_FORM, K_GROUP, K_WIDTH, V_FORM, V_GROUP, V_WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def append_row(
+    k_new, v_new, keys, values, k_static, v_static, batch, head, token, row,
+    K_FORM: tl.constexpr, K_GROUP: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write key and value of one token of one head to a row of the caches."""
+    x = buffer_start(k_new, batch, head) + token * k_new[3]
+    _store_row(x, keys, batch, head, row, k_static, K_FORM, K_GROUP, K_WIDTH)
+    x = buffer_start(v_new, batch, head) + token * v_new[3]
+    _store_row(x, values, batch, head, row, v_static, V_FORM, V_GROUP, V_WIDTH)
 
 
 @triton.jit
@@ -181,9 +199,11 @@ def keep_rows(
     k_new, v_new, keys, values, start, count,
     K_FORM: tl.constexpr, K_PARTS: tl.constexpr, K_WIDTH: tl.constexpr,
     V_FORM: tl.constexpr, V_PARTS: tl.constexpr, V_WIDTH: tl.constexpr,
-    FIRST: tl.constexpr, RING: tl.constexpr,
+    FIRST: tl.constexpr, RING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Copy one token of one head to the rows in full precision: the ring of recent ones, and the FIRST."""
+    begin_early(OVERLAP)
+    wait_for_kernels(OVERLAP)
     token, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.load(start + batch) + token
     valid = tl.num_programs(0) if count is None else tl.load(count + batch)

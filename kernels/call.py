@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.quantized import CacheFormat, cache_format
-from skipstone.kernels.launch import alignment, buffer
+from skipstone.kernels.launch import FIRST_TO_OVERLAP, alignment, buffer
 from skipstone.kernels.tiles import FORMATS
 
 WIDEST = 256
@@ -87,6 +87,16 @@ class Call:
         if self.k_format == self.v_format == "full":
             return 0, 0, 0
         return self.residual, self.first, max(self.keys.ring_rows, self.values.ring_rows)
+
+    @property
+    def is_step(self) -> bool:
+        """Whether there is one new token, whose row is read from the cache alone."""
+        return self.queries == 1 and not any(self.exact)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether kernels begin while the one before is still running, see `skipstone.kernels.overlap`."""
+        return self.arch >= FIRST_TO_OVERLAP
 
     def check(self) -> None:
         """Refuse what the kernels cannot do.

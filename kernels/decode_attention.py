@@ -13,14 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skipstone.kernels.append import append_row
 from skipstone.kernels.attend import attend, attend_exact, block_of_queries
 from skipstone.kernels.call import Call
 from skipstone.kernels.launch import Launch, buffer
+from skipstone.kernels.overlap import begin_early, wait_for_kernels
 from skipstone.kernels.softmax import output_factor, store_rows
 from skipstone.kernels.tiles import pieces
 from skipstone.kernels.tuning import Tile, constants
 
-SHARE = 256
+SHARE = 64
 """Keys that are worth a program of their own."""
 
 
@@ -57,11 +59,19 @@ def decode_attention(call: Call, out: Tensor, tile: Tile, shares: int) -> tuple[
     share = Launch(
         attend_share,
         (triton.cdiv(queries * call.group, tile.rows) * shares, call.kv_heads, batch),
-        {**call.arguments(), "sums": sums, "peaks": peaks, "totals": totals, "shares": shares},
-        constants(call, tile),
+        {
+            **call.arguments(),
+            "sums": sums,
+            "peaks": peaks,
+            "totals": totals,
+            "shares": shares,
+            "capacity": call.capacity,
+        },
+        {**constants(call, tile), "APPEND": call.is_step, "OVERLAP": call.overlaps},
         tile.warps,
         tile.stages,
         tile.registers,
+        overlaps=call.overlaps,
     )
     combine = Launch(
         combine_shares,
@@ -71,8 +81,10 @@ def decode_attention(call: Call, out: Tensor, tile: Tile, shares: int) -> tuple[
             "WIDTH": width,
             "BLOCK_D": triton.next_power_of_2(width),
             "BLOCK_SPLITS": min(64, triton.next_power_of_2(shares)),
+            "OVERLAP": call.overlaps,
         },
         warps=8,
+        overlaps=call.overlaps,
     )
     return share, combine
 
@@ -80,14 +92,20 @@ def decode_attention(call: Call, out: Tensor, tile: Tile, shares: int) -> tuple[
 @triton.jit(do_not_specialize=["shares"])
 def attend_share(
     q, keys, values, k_static, v_static, k_new, v_new, start, count, sums, peaks, totals, scale, softcap, window,
-    queries, shares,
+    queries, shares, capacity,
     K_FORM: tl.constexpr, K_GROUP: tl.constexpr, K_ALIGN: tl.constexpr, K_PARTS: tl.constexpr, K_WIDTH: tl.constexpr,
     V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_ALIGN: tl.constexpr, V_PARTS: tl.constexpr, V_WIDTH: tl.constexpr,
     MODEL: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr, CAP: tl.constexpr, HEADS: tl.constexpr,
     RESIDUAL: tl.constexpr, FIRST: tl.constexpr, RING: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr, APPEND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Sums [B, N, S, shares, Dv], largest logits and totals [B, N, S, shares] of one share of the keys, float32."""
+    """Sums [B, N, S, shares, Dv], largest logits and totals [B, N, S, shares] of one share of the keys, float32.
+
+    If APPEND, there is one new token, which whoever reads it writes to the cache first.
+    """
+    begin_early(OVERLAP)
+    wait_for_kernels(OVERLAP)
     split, block = tl.program_id(0) % shares, tl.program_id(0) // shares
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     q_head, query, present, position, lowest, until, first, begin, end = block_of_queries(
@@ -97,6 +115,13 @@ def attend_share(
     share_begin = begin + split * share
     share_end = tl.minimum(share_begin + share, end)
     place = ((batch * tl.num_programs(1) * HEADS + q_head) * queries + query) * shares + split
+    if APPEND:
+        if (first >= share_begin) & (first < tl.minimum(share_end, capacity)):
+            append_row(
+                k_new, v_new, keys, values, k_static, v_static, batch, head, 0, first.to(tl.int64),
+                K_FORM, K_GROUP, K_WIDTH, V_FORM, V_GROUP, V_WIDTH,
+            )  # fmt: skip
+        tl.debug_barrier()  # other threads of the program read the row
     if share_begin < share_end:
         q_rows = q[0] + batch * q[1] + q_head * q[2] + query * q[3]
         state = attend(
@@ -124,28 +149,30 @@ def attend_share(
 @triton.jit(do_not_specialize=["shares"])
 def combine_shares(
     sums, peaks, totals, shares, sinks, out,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The output [Dv] of one query and head of the buffer `out` [B, N, S, Dv], from the shares of `attend_share`."""
+    begin_early(OVERLAP)
+    wait_for_kernels(OVERLAP)
     query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + query) * shares
-    peak = float("-inf")
-    for first in range(0, shares, BLOCK_SPLITS):
-        split = first + tl.arange(0, BLOCK_SPLITS)
-        peak = tl.maximum(peak, tl.max(tl.load(peaks + place + split, split < shares, float("-inf")), axis=0))
-    reference = tl.where(peak == float("-inf"), 0.0, peak)
+    peak, total, mixed = float("-inf"), 0.0, tl.zeros((BLOCK_D,), tl.float32)
     channel = tl.arange(0, BLOCK_D)
-    mixed, total = tl.zeros((BLOCK_D,), tl.float32), 0.0
     for first in range(0, shares, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
-        share_peak = tl.load(peaks + place + split, split < shares, float("-inf"))
+        present = split < shares
+        mask = present[:, None] & (channel < WIDTH)[None, :]
+        share_peak = tl.load(peaks + place + split, present, float("-inf"))
+        share_total = tl.load(totals + place + split, present, 0.0)
+        rows = tl.load(sums + (place + split)[:, None] * WIDTH + channel[None, :], mask, 0.0)
         # Whoever had no share wrote nothing but its peak.
         shared = share_peak != float("-inf")
-        weight = tl.exp2(share_peak - reference)
-        total += tl.sum(weight * tl.load(totals + place + split, shared, 0.0), axis=0)
-        mask = shared[:, None] & (channel < WIDTH)[None, :]
-        rows = tl.load(sums + (place + split)[:, None] * WIDTH + channel[None, :], mask, 0.0)
-        mixed += tl.sum(weight[:, None] * rows, axis=0)
+        larger = tl.maximum(peak, tl.max(share_peak, axis=0))
+        reference = tl.where(larger == float("-inf"), 0.0, larger)
+        weight, left = tl.exp2(share_peak - reference), tl.exp2(peak - reference)
+        total = total * left + tl.sum(tl.where(shared, weight * share_total, 0.0), axis=0)
+        mixed = mixed * left + tl.sum(tl.where(shared[:, None], weight[:, None] * rows, 0.0), axis=0)
+        peak = larger
     sink = float("-inf") if sinks is None else tl.load(sinks + head).to(tl.float32)
     mixed *= output_factor(peak, total, sink)
     start = out[0] + batch * out[1] + head * out[2] + query * out[3]

@@ -16,6 +16,9 @@ Buffer = tuple[Tensor, int, int, int]
 REGISTERS = 255
 """As many as a thread can have. Unless told so, ptxas spills some where that makes room for one more program."""
 
+FIRST_TO_OVERLAP = 90
+"""The oldest devices on which a kernel can begin while the one before is still running."""
+
 
 def buffer(x: Tensor) -> Buffer:
     """A tensor [B, H, rows, width] as kernels address it: with the strides of its first three dimensions."""
@@ -42,6 +45,7 @@ class Launch:
         constants: by name, the arguments that are known when compiling.
         warps, stages: of each program, and of its software pipeline.
         registers: that a thread may use.
+        overlaps: whether it begins while the kernel before is still running, see `skipstone.kernels.overlap`.
     """
 
     kernel: Any
@@ -51,11 +55,13 @@ class Launch:
     warps: int
     stages: int = 1
     registers: int = REGISTERS
+    overlaps: bool = False
 
     @property
     def options(self) -> Mapping[str, int]:
         """What Triton is told about compiling it."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        return {**options, "launch_pdl": True} if self.overlaps else options
 
     def __call__(self) -> None:
         """Launch it on the current stream, without waiting."""

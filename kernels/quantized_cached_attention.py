@@ -24,10 +24,12 @@ def launches(call: Call, out: Tensor, processors: int) -> Iterator[Launch]:
         out: [B, N, S, Dv], which the output goes to.
         processors: how many the device has.
     """
-    yield append(call)
     tile = decode_tile(call)
     shares = splits(call, tile, processors)
-    if shares > 1 or call.queries * call.group <= tile.rows:
+    is_split = shares > 1 or call.queries * call.group <= tile.rows
+    if not (is_split and call.is_step):
+        yield append(call)
+    if is_split:
         yield from decode_attention(call, out, tile, shares)
     else:
         yield prefill_attention(call, out, prefill_tile(call))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from skipstone import QuantizeKV, SkipFFNAdaptive, SkipSublayers
@@ -418,6 +419,33 @@ def test_graphs_are_captured_once_for_each_set_of_buffers(monkeypatch: pytest.Mo
         for seed in range(3):
             assert_same_steps(ours, eager, batch=2, length=9 + seed, seed=seed, tolerance=2e-3)
     assert len(captured) == 1
+
+
+@pytest.mark.gpu
+def test_a_thousand_tokens_behind_many_prompts_compile_once_and_never_wait() -> None:
+    ours, _ = on_device("plain", torch.float32)
+
+    def tokens(length: int, count: int) -> Tensor:
+        logits, cache = ours.prefill(models.tokens(1, length).to("cuda"))
+        one, row = torch.ones(1, dtype=torch.int64, device="cuda"), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+        with record_function("decoding"):
+            for _ in range(count):
+                token = logits.reshape(1, -1).argmax(dim=-1, keepdim=True)
+                logits = ours.session.step(token, cache.lengths.unsqueeze(1), one, row, cache)
+                cache.advance(one)
+        return logits
+
+    tokens(3, 2)  # compiles
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in range(2, 42):
+            assert tokens(length, 25).isfinite().all()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            tokens(9, 20)
+    events = list(profiled.events())
+    span = next(each.time_range for each in events if each.name == "decoding")
+    within = [each.name for each in events if span.start <= each.time_range.start < span.end]
+    assert any("GraphLaunch" in name for name in within), set(within)
+    assert not [name for name in within if "Synchronize" in name or "DtoH" in name]
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from skipstone.ir.norms import rms_norm, target_of
 from skipstone.ir.program import Program, fake_value, provenance
 
 aten = torch.ops.aten
@@ -31,8 +32,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def gather_operators(program: Program) -> Program:
     """A copy of the program in which written-out norms are `aten.rms_norm` and rotations are calls of `rotary`."""
     program = program.copy()
-    for node in list(program.nodes(aten.rsqrt.default, aten.add.Tensor)):
-        match = _rms_norm(node) if node.target is aten.rsqrt.default else _rotation(node)
+    for node in list(program.nodes(aten.mul.Tensor, aten.add.Tensor)):
+        match = _rms_norm(node) if node.target is aten.mul.Tensor else _rotation(node)
         if match is None:
             continue
         result, target, args = match
@@ -47,47 +48,30 @@ def gather_operators(program: Program) -> Program:
 Found = tuple[fx.Node, Any, tuple[Any, ...]]  # the node to replace, and the call to replace it with
 
 
-def _rms_norm(rsqrt: fx.Node) -> Found | None:
+def _rms_norm(product: fx.Node) -> Found | None:
     """``weight * (x * rsqrt(mean(x ** 2, -1) + eps))``."""
-    shifted: Any = rsqrt.args[0]
-    if _target(shifted) is not aten.add.Tensor or not isinstance(shifted.args[1], float) or shifted.kwargs:
+    norm = rms_norm(product)
+    if norm is None or norm.gain is None:
         return None
-    mean = shifted.args[0]
-    if _target(mean) is not aten.mean.dim or list(mean.args[1]) != [-1] or mean.args[2:] != (True,) or mean.kwargs:
+    if len({each.meta["val"].dtype for each in (product, norm.x, norm.gain)}) > 1:
         return None
-    square = mean.args[0]
-    if _target(square) is not aten.pow.Tensor_Scalar or square.args[1] != 2:
-        return None
-    x = square.args[0]
-    normed = _only_user(rsqrt)
-    if normed is None or normed.target is not aten.mul.Tensor or {*normed.args} != {x, rsqrt}:
-        return None
-    scaled = _only_user(normed)
-    if scaled is None or scaled.target is not aten.mul.Tensor or len({*scaled.args}) != 2:
-        return None
-    weight: Any = next(operand for operand in scaled.args if operand is not normed)
-    width = x.meta["val"].shape[-1]
-    if not isinstance(weight, fx.Node) or tuple(weight.meta["val"].shape) != (width,):
-        return None
-    if weight.meta["val"].dtype != x.meta["val"].dtype:
-        return None
-    return scaled, aten.rms_norm.default, (x, [int(width)], weight, shifted.args[1])
+    return product, aten.rms_norm.default, (norm.x, [int(norm.x.meta["val"].shape[-1])], norm.gain, norm.eps)
 
 
 def _rotation(add: fx.Node) -> Found | None:
     """``x * cos + cat([-x[..., D / 2:], x[..., : D / 2]], -1) * sin`` of heads that were transposed to [B, N, S, D]."""
     products: Any = add.args
-    if add.kwargs or any(_target(each) is not aten.mul.Tensor for each in products):
+    if add.kwargs or any(target_of(each) is not aten.mul.Tensor for each in products):
         return None
     (x, cos), (turned, sin) = (each.args for each in products)
-    if _target(turned) is not aten.cat.default or len(turned.args[0]) != 2 or not _is_last(turned, turned.args[1]):
+    if target_of(turned) is not aten.cat.default or len(turned.args[0]) != 2 or not _is_last(turned, turned.args[1]):
         return None
     negated, first = turned.args[0]
-    second = negated.args[0] if _target(negated) is aten.neg.default else None
+    second = negated.args[0] if target_of(negated) is aten.neg.default else None
     half, odd = divmod(int(x.meta["val"].shape[-1]), 2)
     if odd or not _is_part(first, x, 0, half) or not _is_part(second, x, half, 2 * half):
         return None
-    if _target(x) is not aten.transpose.int or {axis % 4 for axis in x.args[1:]} != {1, 2}:
+    if target_of(x) is not aten.transpose.int or {axis % 4 for axis in x.args[1:]} != {1, 2}:
         return None
     if not all(_has_equal_halves(angle) and _fits(angle, x) for angle in (cos, sin)):
         return None
@@ -96,7 +80,7 @@ def _rotation(add: fx.Node) -> Found | None:
 
 def _is_part(node: Any, whole: fx.Node, start: int, stop: int) -> bool:
     """Whether `node` is ``whole[..., start:stop]``."""
-    if _target(node) is not aten.slice.Tensor or node.args[0] is not whole or not _is_last(whole, node.args[1]):
+    if target_of(node) is not aten.slice.Tensor or node.args[0] is not whole or not _is_last(whole, node.args[1]):
         return False
     width = whole.meta["val"].shape[-1]
     return len(node.args) == 4 and node.args[2] == start and min(node.args[3], width) == stop
@@ -104,13 +88,13 @@ def _is_part(node: Any, whole: fx.Node, start: int, stop: int) -> bool:
 
 def _has_equal_halves(angle: Any) -> bool:
     """Whether it comes, element by element, from one tensor joined to itself along the last dimension."""
-    while _target(angle) in _LOOK_THROUGH or (
-        _target(angle) is aten.mul.Tensor and isinstance(angle.args[1], int | float)
+    while target_of(angle) in _LOOK_THROUGH or (
+        target_of(angle) is aten.mul.Tensor and isinstance(angle.args[1], int | float)
     ):
         if angle.target is aten.unsqueeze.default and _is_last(angle, angle.args[1]):
             return False
         angle = angle.args[0]
-    if _target(angle) is not aten.cat.default or not _is_last(angle, angle.args[1] if len(angle.args) > 1 else 0):
+    if target_of(angle) is not aten.cat.default or not _is_last(angle, angle.args[1] if len(angle.args) > 1 else 0):
         return False
     return len(angle.args[0]) == 2 and angle.args[0][0] is angle.args[0][1]
 
@@ -123,11 +107,3 @@ def _fits(angle: fx.Node, x: fx.Node) -> bool:
 
 def _is_last(node: fx.Node, axis: int) -> bool:
     return axis in (-1, node.meta["val"].ndim - 1)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _target(value: Any) -> Any:
-    return value.target if isinstance(value, fx.Node) and value.op == "call_function" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,10 +40,10 @@ class TritonSession(ProgramSession):
         self.layout = cache_layout(program)
         self._written = written_buffers(program)
         lowered = lower(program)
-        self._memory = None
         if program.source.device.type == "cuda":
             check_kernels(lowered)
-            self._memory = torch.cuda.graph_pool_handle()
+        self._memory: Any = None
+        self._steps: weakref.WeakSet[StaticStep] = weakref.WeakSet()
         self._outputs = [port.name for port in lowered.outputs]
         self._columns = [port.name for port in program.inputs if port.role in (Role.TOKENS, Role.LOGIT_ROWS)]
         tensors = lowered.tensors()
@@ -64,8 +65,7 @@ class TritonSession(ProgramSession):
         if all(values[name].shape[1] == 1 for name in self._columns):
             storage = self._pool.settle(cache)
             if self not in storage.steps:
-                step = lambda everything: self._run(self._single, everything)  # noqa: E731
-                storage.steps[self] = StaticStep(step, values, cache.buffers, self._memory)
+                storage.steps[self] = self._new_step(values, cache)
             results = storage.steps[self](values)
         else:
             results = self._run(self._whole, {**values, **cache.buffers})
@@ -75,6 +75,14 @@ class TritonSession(ProgramSession):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """See `Session.new_cache`."""
         return self._pool.new_cache(batch, capacity)
+
+    def _new_step(self, values: Mapping[str, Tensor], cache: KVCache) -> StaticStep:
+        if cache.lengths.is_cuda and not self._steps:
+            # The graphs share their memory, which ends with the last of them and cannot be used again then.
+            self._memory = torch.cuda.graph_pool_handle()
+        step = StaticStep(lambda everything: self._run(self._single, everything), values, cache.buffers, self._memory)
+        self._steps.add(step)
+        return step
 
     def _run(self, graph: CompiledGraph, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return graph([values[port.name] for port in self.program.inputs])

@@ -1,0 +1,130 @@
+"""`skipstone::row_linear`: linear layers of few rows, with the norm before them and what is made of their results.
+
+To decode is to multiply a row, or a few, with every weight of the model. Such a product takes as long as reading its
+weight, and norms, activations and sums take longer to begin than to do. So they are parts of the product here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skipstone.ir.errors import InvalidInput
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+
+MOST_ROWS = 8
+"""Of kernels. More rows are for matrix products of tensor cores."""
+
+
+def check_operands(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gain: Tensor | None,
+    residual: Tensor | None,
+    ahead: Sequence[Tensor],
+    activation: str,
+    is_gated: bool,
+) -> None:
+    """Return if the operands of `row_linear` fit each other.
+
+    Raises:
+        InvalidInput: they differ in size, dtype or device, or ask for what there is not.
+    """
+    if activation not in ACTIVATIONS:
+        raise InvalidInput(f"The activation {activation!r} is none of {', '.join(ACTIVATIONS)}.")
+    if not weights or len(weights) != len(biases):
+        raise InvalidInput(f"{len(weights)} weights with {len(biases)} biases.")
+    if any(weight.dim() != 2 or weight.shape[1] != x.shape[-1] for weight in weights):
+        shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
+        raise InvalidInput(f"Weights {shapes} do not fit rows {tuple(x.shape)}.")
+    if is_gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
+        raise InvalidInput("A gated product has two weights of one shape.")
+    for weight, bias in zip(weights, biases, strict=True):
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InvalidInput(f"A bias {tuple(bias.shape)} does not fit a weight {tuple(weight.shape)}.")
+    if gain is not None and gain.shape != x.shape[-1:]:
+        raise InvalidInput(f"A gain {tuple(gain.shape)} does not fit rows {tuple(x.shape)}.")
+    if residual is not None and residual.shape != (*x.shape[:-1], columns(weights, is_gated)):
+        raise InvalidInput(f"Rows {tuple(residual.shape)} cannot be added to the results.")
+    others = [each for each in (*weights, *biases, gain, residual) if each is not None]
+    if any(other.dtype != x.dtype or other.device != x.device for other in others):
+        raise InvalidInput(f"Rows of {x.dtype} on {x.device} with operands of other dtypes or devices.")
+    if any(other.device != x.device or not other.is_contiguous() for other in ahead):
+        raise InvalidInput("What is asked for ahead is on another device, or not in one piece.")
+
+
+def columns(weights: Sequence[Tensor], is_gated: bool) -> int:
+    """The width of the results."""
+    return weights[0].shape[0] if is_gated else sum(weight.shape[0] for weight in weights)
+
+
+@torch.library.custom_op("skipstone::row_linear", mutates_args=())
+def row_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gain: Tensor | None,
+    residual: Tensor | None,
+    ahead: Sequence[Tensor],
+    *,
+    eps: float | None = None,
+    offset: float = 0.0,
+    activation: str = "none",
+    is_gated: bool = False,
+) -> Tensor:
+    """``y_i = norm(x) @ weights[i].T + biases[i]``, and ``activation(y_0) * y_1`` if gated, or else all of them joined.
+
+    Without a gate, the activation is that of every result; `residual` is added last. All of it is computed in the wider
+    of float32 and x's dtype, and rounded once.
+
+    Args:
+        x: [..., D].
+        weights: [F_i, D] each.
+        biases: [F_i] or None each.
+        gain: [D] of the norm, None for one.
+        residual: [..., F].
+        ahead: constants that will be read next, in this order; they make no difference to the result. A kernel may ask
+            the memory for them while it waits for `x`.
+        eps: of the RMSNorm ``x * rsqrt(mean(x ** 2) + eps) * (gain + offset)``; None for no norm.
+        offset: added to the gain.
+        activation: one of `ACTIVATIONS`.
+        is_gated: multiply two products.
+    Returns:
+        [..., F] in x's dtype, with F the sum of all F_i, or F_0 if gated.
+    Raises:
+        InvalidInput: see `check_operands`.
+    """
+    check_operands(x, weights, biases, gain, residual, ahead, activation, is_gated)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    rows = x.to(exact)
+    if eps is not None:
+        rows = rows * (rows.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        rows = rows if gain is None else rows * (gain.to(exact) + offset)
+    products = [
+        F.linear(rows, weight.to(exact), None if bias is None else bias.to(exact))
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    act = ACTIVATIONS[activation]
+    result = act(products[0]) * products[1] if is_gated else act(torch.cat(products, dim=-1))
+    return (result if residual is None else result + residual.to(exact)).to(x.dtype)
+
+
+@row_linear.register_fake
+def _(x, weights, biases, gain, residual, ahead, *, eps=None, offset=0.0, activation="none", is_gated=False):  # type: ignore[no-untyped-def]
+    check_operands(x, weights, biases, gain, residual, ahead, activation, is_gated)
+    return x.new_empty(*x.shape[:-1], columns(weights, is_gated))
+
+
+ROW_LINEAR = torch.ops.skipstone.row_linear.default

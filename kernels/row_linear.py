@@ -1,0 +1,279 @@
+"""`skipstone::row_linear` on CUDA devices: a program multiplies few columns of the weights with all rows.
+
+What limits it is memory, and the time between one kernel and the next. On sm_90 and later a program therefore begins
+while the kernel before is still running (programmatic dependent launch): it asks for its part of the weights first, and
+waits for the rows then.
+"""
+
+# Triton unrolls loops over rows, in which tuples grow, and knows no starred elements.
+# mypy: allow-untyped-defs, disable-error-code=assignment
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skipstone.ir.errors import Unsupported
+from skipstone.ir.row_linear import MOST_ROWS, check_operands, columns, row_linear
+from skipstone.kernels.launch import FIRST_TO_OVERLAP, Launch
+from skipstone.kernels.overlap import begin_early, fetch_ahead, wait_for_kernels
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = 80
+DEEPEST = 8192
+"""Elements of a row that a program multiplies at a time."""
+WIDEST = 2**31
+"""Elements of a weight: within it, offsets have 32 bits."""
+AHEAD = 32 * 2**20
+"""Most bytes that are asked for ahead: what is read next should still be in the L2 cache then."""
+
+
+def tile_of(rows: int, total: int, width: int, processors: int) -> tuple[int, int, int]:
+    """Columns of a program, elements of each row at a time, and warps.
+
+    A thread has 64 elements of a weight at most, in 16-byte loads that are all under way at once; 32 where the sums of
+    many rows take registers, too. Narrow results have fewer columns a program, so that every processor has two.
+    """
+    depth = min(triton.next_power_of_2(width), DEEPEST)
+    block = max(2, min(8, DEEPEST // depth))
+    while block > 1 and triton.cdiv(total, block) < 2 * processors:
+        block //= 2
+    elements, most = (64, 4) if rows <= 2 else (32, 8)
+    return block, depth, max(1, min(most, block * depth // (32 * elements)))
+
+
+def row_launch(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gain: Tensor | None,
+    residual: Tensor | None,
+    ahead: Sequence[Tensor],
+    out: Tensor,
+    eps: float | None,
+    offset: float,
+    activation: str,
+    is_gated: bool,
+    arch: int,
+    processors: int,
+) -> Launch:
+    """The launch that writes the result to `out`.
+
+    Args:
+        x, weights, biases, gain, residual, ahead: operands that fit each other.
+        out: [..., F], contiguous and not empty.
+        eps, offset, activation, is_gated: see `skipstone.ir.row_linear.row_linear`.
+        arch: of the device, such as 90; 0 for Triton's interpreter.
+        processors: how many it has.
+    Raises:
+        Unsupported: there is no kernel for the dtype, the device, so many rows or such weights.
+    """
+    rows = x.shape[:-1].numel()
+    if x.dtype not in DTYPES:
+        raise Unsupported(f"a Triton kernel for linear layers in {x.dtype}", hint="Use float16, bfloat16 or float32.")
+    if 0 < arch < OLDEST:
+        raise Unsupported(f"Triton kernels for devices of sm_{arch}", hint=f"They need sm_{OLDEST} or later.")
+    if rows > MOST_ROWS:
+        raise Unsupported(f"a kernel of row_linear for {rows} rows", hint=f"At most {MOST_ROWS}: use linear layers.")
+    for weight in weights:
+        if weight.stride(-1) != 1 or weight.shape[0] * weight.stride(0) >= WIDEST:
+            raise Unsupported(f"a kernel of row_linear for a weight {tuple(weight.shape)} of strides {weight.stride()}")
+    total, width = columns(weights, is_gated), x.shape[-1]
+    block, depth, warps = tile_of(rows, total, width, processors)
+    parts = [weights[0].shape[0]] if is_gated else [weight.shape[0] for weight in weights]
+    return Launch(
+        multiply_few_rows,
+        (sum(triton.cdiv(part, block) for part in parts),),
+        {
+            "x": x.contiguous(), "weights": tuple(weights), "biases": tuple(biases), "gain": gain,
+            "residual": None if residual is None else residual.contiguous(), "ahead": tuple(ahead), "out": out,
+            "eps": 0.0 if eps is None else eps, "offset": offset,
+        },
+        {
+            "PARTS": tuple(parts), "STRIDES": tuple(weight.stride(0) for weight in weights), "WIDTH": width,
+            "ROWS": rows, "BLOCK_N": block, "BLOCK_K": depth, "NORM": eps is not None, "ACTIVATION": activation,
+            "GATED": is_gated, "AHEAD": _bytes_ahead(ahead), "LANES": 32 * warps, "OVERLAP": arch >= FIRST_TO_OVERLAP,
+        },
+        warps,
+        overlaps=arch >= FIRST_TO_OVERLAP,
+    )  # fmt: skip
+
+
+def _bytes_ahead(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How much of each tensor is asked for."""
+    left, counts = AHEAD, []
+    for tensor in tensors:
+        counts.append(min(left, tensor.nbytes))
+        left -= counts[-1]
+    return tuple(counts)
+
+
+@row_linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gain: Tensor | None,
+    residual: Tensor | None,
+    ahead: Sequence[Tensor],
+    *,
+    eps: float | None = None,
+    offset: float = 0.0,
+    activation: str = "none",
+    is_gated: bool = False,
+) -> Tensor:
+    check_operands(x, weights, biases, gain, residual, ahead, activation, is_gated)
+    properties = torch.cuda.get_device_properties(x.device)
+    out = x.new_empty(*x.shape[:-1], columns(weights, is_gated))
+    if out.numel():
+        arch = properties.major * 10 + properties.minor
+        row_launch(
+            x, weights, biases, gain, residual, ahead, out, eps, offset, activation, is_gated, arch,
+            properties.multi_processor_count,
+        )()  # fmt: skip
+    return out
+
+
+@triton.jit
+def multiply_few_rows(
+    x, weights, biases, gain, residual, ahead, out, eps, offset,
+    PARTS: tl.constexpr, STRIDES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    AHEAD: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of the result [ROWS, sum of PARTS] of x [ROWS, WIDTH] and weights [PARTS[i], WIDTH].
+
+    With OVERLAP, weights, biases and the gain are read before the kernels that were launched before are done, and so
+    many bytes of each tensor `ahead` as AHEAD says are asked for.
+    """
+    begin_early(OVERLAP)
+    number = tl.program_id(0)
+    total: tl.constexpr = _sum(PARTS)
+    if GATED:
+        _multiply(
+            x, weights[0], biases[0], weights[1], biases[1], gain, residual, ahead, out, eps, offset, number, 0,
+            PARTS[0], total, STRIDES[0], STRIDES[1], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED,
+            AHEAD, LANES, OVERLAP,
+        )  # fmt: skip
+    else:
+        # Which weight it is follows from the number of the program; each has code of its own.
+        for part in tl.static_range(len(PARTS)):
+            first = _blocks(PARTS, part, BLOCK_N)
+            if (number >= first) & (number < _blocks(PARTS, part + 1, BLOCK_N)):
+                _multiply(
+                    x, weights[part], biases[part], None, None, gain, residual, ahead, out, eps, offset,
+                    number - first, _sum(PARTS, part), PARTS[part], total, STRIDES[part], 0, WIDTH, ROWS, BLOCK_N,
+                    BLOCK_K, NORM, ACTIVATION, GATED, AHEAD, LANES, OVERLAP,
+                )  # fmt: skip
+
+
+@triton.constexpr_function
+def _sum(parts, count=None):
+    return sum(parts if count is None else parts[:count])
+
+
+@triton.constexpr_function
+def _blocks(parts, count, block):
+    return sum((part + block - 1) // block for part in parts[:count])
+
+
+@triton.jit
+def _multiply(
+    x, weight, bias, other, other_bias, gain, residual, ahead, out, eps, offset, block, before,
+    COLUMNS: tl.constexpr, TOTAL: tl.constexpr, STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One block of columns of one weight, whose results stand behind `before` others."""
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    present = column < COLUMNS
+    tile = tl.load(weight + column[:, None] * STRIDE + depth[None, :], present[:, None] & (depth < WIDTH)[None, :], 0.0)
+    shift = _vector(bias, column, present)
+    if GATED:
+        inside = present[:, None] & (depth < WIDTH)[None, :]
+        other_tile = tl.load(other + column[:, None] * OTHER_STRIDE + depth[None, :], inside, 0.0)
+        other_shift = _vector(other_bias, column, present)
+    factor = _factor(gain, offset, depth, WIDTH, NORM)
+    for each in tl.static_range(len(AHEAD)):
+        fetch_ahead(ahead[each], tl.program_id(0), tl.num_programs(0), AHEAD[each], LANES, OVERLAP)
+    wait_for_kernels(OVERLAP)
+    first = tl.zeros((BLOCK_N,), tl.float32)
+    sums, other_sums = (), ()
+    for _ in tl.static_range(ROWS):
+        sums, other_sums = sums + (first,), other_sums + (first,)
+    squares = ()
+    if NORM:
+        for row in tl.static_range(ROWS):
+            squares = squares + (_squares(x + row * WIDTH, WIDTH, BLOCK_K),)
+    for start in tl.static_range(0, WIDTH, BLOCK_K):
+        if start > 0:
+            depth = start + tl.arange(0, BLOCK_K)
+            inside = present[:, None] & (depth < WIDTH)[None, :]
+            tile = tl.load(weight + column[:, None] * STRIDE + depth[None, :], inside, 0.0)
+            if GATED:
+                other_tile = tl.load(other + column[:, None] * OTHER_STRIDE + depth[None, :], inside, 0.0)
+            factor = _factor(gain, offset, depth, WIDTH, NORM)
+        grown, other_grown = (), ()
+        for row in tl.static_range(ROWS):
+            values = tl.load(x + row * WIDTH + depth, depth < WIDTH, 0.0).to(tl.float32)
+            if NORM:
+                values = values * tl.rsqrt(squares[row] / WIDTH + eps) * factor
+            grown = grown + (sums[row] + tl.sum(tile.to(tl.float32) * values[None, :], axis=1),)
+            if GATED:
+                other_grown = other_grown + (
+                    other_sums[row] + tl.sum(other_tile.to(tl.float32) * values[None, :], axis=1),
+                )
+        sums = grown
+        if GATED:
+            other_sums = other_grown
+    for row in tl.static_range(ROWS):
+        result = _activate(sums[row] + shift, ACTIVATION)
+        if GATED:
+            result *= other_sums[row] + other_shift
+        place = row * TOTAL + before + column
+        if residual is not None:
+            result += tl.load(residual + place, present, 0.0).to(tl.float32)
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _vector(pointer, place, present):
+    return 0.0 if pointer is None else tl.load(pointer + place, present, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _factor(gain, offset, depth, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """The gain of a norm."""
+    return 1.0 if gain is None or not NORM else tl.load(gain + depth, depth < WIDTH, 0.0).to(tl.float32) + offset
+
+
+@triton.jit
+def _squares(x, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The sum of the squares of a row."""
+    total = 0.0
+    for start in tl.static_range(0, WIDTH, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)
+        values = tl.load(x + depth, depth < WIDTH, 0.0).to(tl.float32)
+        total += tl.sum(values * values, axis=0)
+    return total
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is sigmoid(2 u).
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    elif ACTIVATION == "relu_squared":
+        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    return x

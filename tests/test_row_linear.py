@@ -1,0 +1,141 @@
+"""Linear layers of few rows without a GPU: the operator, its kernel in the interpreter, and what it compiles to."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from skipstone.ir.errors import InvalidInput
+from skipstone.ir.row_linear import row_linear
+from tests import row_linear_cases
+from tests.interpreter import run_interpreted
+from tests.row_linear_cases import CASES, Case
+
+LLAMA = {  # of Llama 3 with 8 billion parameters: the products of a layer
+    "heads": Case((1, 1), 4096, (4096, 1024, 1024), norm=True),
+    "output": Case((1, 1), 4096, (4096,), residual=True),
+    "gated": Case((1, 1), 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
+    "down": Case((1, 1), 14336, (4096,), residual=True),
+    "eight": Case((8, 1), 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
+    "head": Case((1, 1), 4096, (128256,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_operator(name: str, dtype: torch.dtype) -> None:
+    tolerance = {**row_linear_cases.TOLERANCE, torch.float64: 1e-13}
+    given = row_linear_cases.operands(CASES[name], dtype)
+    wanted, result = row_linear_cases.in_float64(given), row_linear(**given)
+    assert result.dtype == dtype
+    assert (result.double() - wanted).abs().max() < tolerance[dtype] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["odd", "heads of rows", "gated rows"])
+def test_operator_is_registered_well(name: str) -> None:
+    given = row_linear_cases.operands(CASES[name], torch.float32)
+    positional = [given.pop(key) for key in ("x", "weights", "biases", "gain", "residual", "ahead")]
+    torch.library.opcheck(torch.ops.skipstone.row_linear.default, tuple(positional), given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "tanh"}, "'tanh' is none of none, silu"),
+        ({"weights": []}, "0 weights with 1 biases"),
+        ({"weights": [torch.ones(4, 7)]}, r"Weights \(4, 7\) do not fit rows \(1, 1, 48\)"),
+        ({"is_gated": True}, "two weights of one shape"),
+        ({"biases": [torch.ones(41)]}, r"A bias \(41,\) does not fit a weight \(40, 48\)"),
+        ({"gain": torch.ones(47)}, r"A gain \(47,\)"),
+        ({"residual": torch.ones(1, 1, 41)}, r"Rows \(1, 1, 41\) cannot be added"),
+        ({"gain": torch.ones(48, dtype=torch.float64)}, "operands of other dtypes or devices"),
+        ({"ahead": [torch.ones(4, 4).t()[:2]]}, "not in one piece"),
+    ],
+    ids=str,
+)
+def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        row_linear(**{**row_linear_cases.operands(CASES["plain"], torch.float32), **change})
+
+
+def test_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="needs the extra `triton`")
+    run_interpreted("interpreted_row_linear.py")
+
+
+def launch_of(case: Case, dtype: torch.dtype, arch: int, *ahead: tuple[int, ...]) -> Any:
+    """The launch of a case on tensors without data, for a device with as many processors as an H100."""
+    pytest.importorskip("triton", reason="needs the extra `triton`")
+    from skipstone.kernels.row_linear import row_launch
+
+    total = case.parts[0] if case.is_gated else sum(case.parts)
+    with torch.device("meta"):
+        return row_launch(
+            torch.empty(*case.rows, case.width, dtype=dtype),
+            [torch.empty(part, case.width, dtype=dtype) for part in case.parts],
+            [torch.empty(part, dtype=dtype) if case.bias else None for part in case.parts],
+            torch.empty(case.width, dtype=dtype) if case.norm and case.gain else None,
+            torch.empty(*case.rows, total, dtype=dtype) if case.residual else None,
+            [torch.empty(*shape, dtype=dtype) for shape in ahead],
+            torch.empty(*case.rows, total, dtype=dtype),
+            1e-6 if case.norm else None, case.offset, case.activation, case.is_gated, arch, 132,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", LLAMA)
+def test_registers(name: str, arch: int) -> None:
+    launch = launch_of(LLAMA[name], torch.bfloat16, arch)
+    from skipstone.kernels.compile import usage
+
+    needs = usage(launch, f"sm_{arch}")
+    assert needs.spilled == 0 and needs.registers <= 255, needs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["heads", "gated"])
+def test_registers_of_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    launch = launch_of(LLAMA[name], dtype, 90)
+    from skipstone.kernels.compile import usage
+
+    assert usage(launch, "sm_90").spilled == 0
+
+
+@pytest.mark.parametrize("name", ["heads", "output", "gated", "down"])
+def test_weights_are_read_before_the_kernels_before_are_done(name: str) -> None:
+    """On sm_90, in 16-byte loads; on sm_80 nothing waits."""
+    case = LLAMA[name]
+    launch = launch_of(case, torch.bfloat16, 90)
+    from skipstone.kernels.compile import compile_launch
+
+    ptx = compile_launch(launch, "sm_90").asm["ptx"]
+    starts = [part for part in ptx.split("griddepcontrol.launch_dependents")[1:]]
+    assert len(starts) == 1
+    for before in starts[0].split("griddepcontrol.wait")[:-1]:
+        loads = re.findall(r"ld\.global\S*", before)
+        block, depth, threads = launch.constants["BLOCK_N"], launch.constants["BLOCK_K"], 32 * launch.warps
+        each = block * depth // threads // 8 * (2 if case.is_gated else 1)
+        assert sum(load.endswith(".v4.b32") for load in loads) >= each, loads
+    assert "griddepcontrol" not in compile_launch(launch_of(case, torch.bfloat16, 80), "sm_80").asm["ptx"]
+
+
+def test_what_is_read_next_is_asked_for_before_the_wait() -> None:
+    """32 MiB of it at most, on sm_90."""
+    shapes = (14336, 4096), (4096, 14336), (64, 8), (4096, 14336)
+    launch = launch_of(LLAMA["output"], torch.bfloat16, 90, *shapes[:1])
+    from skipstone.kernels.compile import compile_launch, usage
+    from skipstone.kernels.row_linear import AHEAD
+
+    assert launch.constants["AHEAD"] == (AHEAD,)
+    assert launch_of(LLAMA["output"], torch.bfloat16, 90, *shapes).constants["AHEAD"] == (AHEAD, 0, 0, 0)
+    small = launch_of(LLAMA["output"], torch.bfloat16, 90, (64, 8), (4096, 14336))
+    assert small.constants["AHEAD"] == (1024, AHEAD - 1024)
+    ptx = compile_launch(launch, "sm_90").asm["ptx"]
+    assert "cp.async.bulk.prefetch.L2" in ptx.split("griddepcontrol.wait")[0]
+    assert usage(launch, "sm_90").spilled == 0
+    for arch, ahead in ((80, shapes[:1]), (90, ())):
+        compiled = compile_launch(launch_of(LLAMA["output"], torch.bfloat16, arch, *ahead), f"sm_{arch}")
+        assert "prefetch" not in compiled.asm["ptx"]
