@@ -30,14 +30,12 @@ from tests.newton_oracles import (
     LAYERS,
     LENGTH,
     SURROGATES,
-    WIDTH,
     assert_close,
     by_hand,
     captured,
     example,
     expected,
     hugging_face,
-    net,
     net_program,
     parallel,
     whole,
@@ -286,23 +284,7 @@ def test_biases_keep_to_biases_and_shared_weights_stay() -> None:
         assert_close(found[name], value)
 
 
-# What cannot become one
-
-
-def test_layers_that_are_not_alike_stay_side_by_side() -> None:
-    model = copy.deepcopy(net("plain"))
-    model.layers[2].up, model.layers[2].down = nn.Linear(WIDTH, 3), nn.Linear(3, WIDTH)
-    model = model.double().eval()
-    captured = run_pass(Cleanup(), capture_module(model, {"x": example()}))
-    side_by_side = run_pass(LayerParallel((Segment(0, 2), Segment(2, LAYERS))), captured)
-    program = fused(side_by_side)
-    alike, unlike = program.history[-1].remarks[:2]
-    assert alike.status is Status.APPLIED
-    assert unlike.status is Status.REFUSED and "has no counterpart" in unlike.why
-    with torch.no_grad():
-        found, wanted = program.run(x=example()), side_by_side.run(x=example())
-    for name, value in wanted.items():
-        assert_close(found[name], value)
+# Lanes of several kinds
 
 
 def test_lanes_of_two_kinds_keep_their_order() -> None:
