@@ -2,6 +2,65 @@
 
 `newton` is the update rule. `by_hand` writes plain networks out with it, whose states are read in all the ways that
 models do; `expected` does that to Hugging Face models, whose layers are called as the model itself calls them.
+
+What holds of layers at the same time, and the tests that say so (`tests.test_newton_oracles` finds each of them):
+
+1. As many iterations as layers are the model: to the bit side by side, to rounding as one, whatever the surrogate.
+   test_layer_parallel::test_as_many_iterations_as_layers_are_the_model_to_the_bit
+   test_fuse_parallel::test_every_state_is_that_of_the_update_rule
+2. k iterations make k states exact, and the next one not.
+   test_layer_parallel::test_k_iterations_make_k_states_exact_to_the_bit_and_no_more
+   test_hyper_connections::test_k_iterations_make_k_states_exact_to_the_bit_and_no_more
+3. One iteration adds all branches to the first state, in whatever order the layers stand.
+   test_layer_parallel::test_one_iteration_adds_all_branches_to_the_first_state
+   test_layer_parallel::test_one_iteration_does_not_see_the_order_of_the_layers
+4. Constant branches need one iteration along the skip path, not along the identity.
+   test_layer_parallel::test_constant_branches_need_one_iteration_with_the_slopes_of_the_graph
+5. Errors of affine layers obey their recursion and the factorial bound.
+   test_layer_parallel::test_errors_of_affine_layers_obey_their_recursion_and_the_factorial_bound
+6. One stream, or matrices of one, are the plain rule; constant branches are exact along the mixing; errors fall along
+   the mixing, and grow along the identity.
+   test_hyper_connections::test_a_single_stream_is_a_residual_stream
+   test_hyper_connections::test_matrices_of_one_make_it_the_identity
+   test_hyper_connections::test_constant_branches_need_one_iteration
+   test_hyper_connections::test_errors_fall_along_the_mixing_and_grow_along_the_identity
+7. Side by side, grouped and wide are one function; units have the functions of their formulas; a triangular product is
+   the recurrence; evaluations that are left out changed nothing.
+   test_fuse_parallel::test_every_state_is_that_of_the_update_rule
+   test_fuse_parallel::test_units_of_a_model_are_those_of_their_formulas
+   test_layer_parallel::test_units_have_the_functions_that_their_formulas_say
+   test_layer_parallel::test_states_that_nobody_reads_are_not_computed
+8. Folded gains are explicit gains; unlike eps are refused, and so is one product of inputs that differ.
+   test_fuse_parallel::test_gains_and_biases_are_each_layers_own
+   test_fuse_parallel_refusals::test_norms_with_unlike_eps
+   test_fuse_parallel_refusals::test_inputs_that_are_scaled_apart_are_neither_averaged_nor_one
+9. Stepwise decoding equals reading at once with a slot for each iteration, and with one slot it does not; with as many
+   iterations as layers, all of them are the model. State that is carried beside the cache is refused.
+   test_layer_parallel_cache::test_token_by_token_equals_all_at_once
+   test_layer_parallel_cache::test_any_segments_decode_as_they_prefill
+   test_layer_parallel_slots::test_decoding_is_the_loop_over_one_slot
+   test_layer_parallel_slots::test_as_many_iterations_as_layers_are_the_model
+   test_layer_parallel_slots::test_what_is_read_at_once_is_the_same_and_what_is_read_in_steps_is_not
+   test_layer_parallel_cache::test_state_beside_the_cache_is_refused_and_read_at_once_is_exact
+10. Segments of one layer are the model's own graph; states that are read elsewhere are those of the last iteration.
+   test_layer_parallel::test_layers_alone_change_nothing
+   test_layer_parallel::test_every_state_is_that_of_the_update_rule
+   test_layer_parallel_refusals::test_two_stages_have_no_states_inside
+11. Gradients of as many iterations as layers are the model's. The regularizer is 0 without branches, more with them,
+   and a loop written by hand.
+   test_snlp_gradients::test_as_many_iterations_as_layers_have_the_gradients_of_the_model
+   test_snlp::test_branches_that_do_not_depend_on_the_state_cost_nothing
+   test_snlp::test_it_is_the_loop_written_by_hand
+12. Windows that are shorter than the sequence are each layer's own.
+   test_layer_parallel::test_as_many_iterations_as_layers_are_the_model_to_the_bit
+   test_fuse_parallel::test_layers_that_see_as_far_share_an_attention
+13. On a GPU, steps are captured without waiting; elsewhere, launches are what the cost model counts of the fused graph,
+   a model keeps its state, sees its weights changed, and has them in memory once. Times are `benchmarks.gpu`'s.
+   test_triton_target::test_a_decode_step_never_waits_for_the_device
+   test_segments::test_costs_are_those_of_the_fused_program
+   test_fuse_parallel::test_a_model_may_read_the_stacks
+14. A trained model loses what a table of measured figures says.
+   test_trained::test_layers_at_once_cost_what_the_golden_table_says
 """
 
 from __future__ import annotations

@@ -84,6 +84,38 @@ def test_streams_that_are_mixed(kind: str, form: str, iterations: int) -> None:
         assert_close(found[f"state_{number}"], state)
 
 
+class Scaled(nn.Module):
+    """Layers that read ``a h + b h0`` with an a of their own, as nanochat has it, or all with none."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        self.entry = nn.Linear(WIDTH, WIDTH)
+        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(3))
+        self.up, self.down = (
+            nn.ModuleList(nn.Linear(*sizes, bias=False) for _ in range(3)) for sizes in ((WIDTH, 12), (12, WIDTH))
+        )
+        self.scales = nn.ParameterList(torch.tensor(1.2 - 0.3 * number) for number in range(3)) if scaled else [1] * 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x0 = self.entry(x)
+        for scale, norm, up, down in zip(self.scales, self.norms, self.up, self.down, strict=True):
+            x = scale * x + 0.1 * x0
+            x = x + down(torch.tanh(up(norm(x))))
+        return x
+
+
+def test_inputs_that_are_scaled_apart_are_neither_averaged_nor_one() -> None:
+    """Each layer then has its own input, and products are grouped; where all read the same, one wide product does."""
+    grouped = []
+    for scaled in (False, True):
+        program = run_pass(Cleanup(), capture_module(Scaled(scaled).double().eval(), {"x": example()}))
+        remarks, _ = both(program, Segment(1, 3), x=example())
+        assert [each.status for each in remarks] == [Status.APPLIED]
+        fused = run_pass(FuseParallel(), run_pass(LayerParallel((Segment(1, 3),)), program))
+        grouped.append(sum(1 for _ in fused.nodes(torch.ops.aten.matmul.default)))
+    assert grouped == [0, 2]  # up and down
+
+
 class Gated(nn.Module):
     """Layers whose stream passes a gate that is a function of itself."""
 

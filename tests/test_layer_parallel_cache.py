@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from skipstone import LayerParallel, Plan, QuantizeKV, Segment, SkipFFNAdaptive, optimize
 from skipstone.calibrate import token_batches
 from skipstone.errors import Unsupported
+from skipstone.ir.capture.module import capture_module
 from skipstone.ir.dialect import CACHED_OPS, GATE
 from skipstone.ir.program import module_path
 from skipstone.ir.statistics import sites
@@ -93,6 +95,34 @@ def test_each_iteration_has_its_own_slot() -> None:
     assert program.slots() == tuple(range(8))
     names = [*sites(parallel("deep", Segment(1, 5, 2))).values()]
     assert names == [path + ("#1" if place in (4, 5) else "") for place, path in enumerate(paths)]
+
+
+class Smeared(nn.Module):
+    """Each token's embedding takes something from the one before, as in nanochat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, models.VOCABULARY)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids) + position_ids.unsqueeze(-1) / 9
+        x = x + 0.5 * F.pad(x, (0, 0, 1, 0))[:, :-1]
+        for layer in self.layers:
+            q, k, v = (each.unflatten(-1, (2, 8)).transpose(1, 2) for each in layer(x).chunk(3, dim=-1))
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return {"logits": self.head(x)}
+
+
+def test_state_beside_the_cache_is_refused_and_read_at_once_is_exact() -> None:
+    """Nothing would carry the token before from step to step."""
+    model, ids = Smeared().double().eval(), models.tokens(2, 7)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(7).expand(2, -1)}
+    plan = Plan([LayerParallel((Segment(0, 3, 3),))])
+    program, refusal = rewrite(capture_module(model, inputs), plan, target="eager")
+    assert refusal is not None and "keep tokens apart" in refusal.feature and not program.slots()
+    with torch.no_grad():
+        assert_close(program.run(**inputs)["logits"], model(**inputs)["logits"], 1e-12)
 
 
 # Whole plans
