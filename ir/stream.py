@@ -160,7 +160,7 @@ class _Finder(Activations):
                 stream = behind_casts(candidate)
                 if not all(self.dominates(stream, source) for source in sources):
                     stream = behind_casts(self.dominator[add])
-                if stream is self.root or not all(self.dominates(stream, source) for source in sources):
+                if not all(self.dominates(stream, source) for source in sources):
                     continue
                 skip = self._skip(stream, candidate)  # type: ignore[arg-type]
                 if skip is None:
