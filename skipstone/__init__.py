@@ -10,8 +10,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from skipstone.registration import register
+
 if TYPE_CHECKING:
     from skipstone import errors as errors
+    from skipstone.backend import backend as backend
     from skipstone.budget import Budget as Budget
     from skipstone.budget import Certificate as Certificate
     from skipstone.calibrate import tokenize as tokenize
@@ -52,6 +55,7 @@ _HOME = {
     "SkipByPrompt": "skipstone.passes.skip_by_prompt",
     "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
+    "backend": "skipstone.backend",
     "compare_segments": "skipstone.segments",
     "find_adaptive_ffn": "skipstone.find",
     "find_layer_parallel": "skipstone.find",
@@ -66,10 +70,10 @@ __all__ = [*sorted(_HOME), "__version__", "errors"]
 
 
 class _Package(ModuleType):
-    """This package. Its attribute `optimize` stays the function after the submodule of that name is imported."""
+    """This package. `optimize` and `backend` stay functions after the submodules of these names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "optimize" and isinstance(value, ModuleType):
+        if name in ("backend", "optimize") and isinstance(value, ModuleType):
             return
         super().__setattr__(name, value)
 
@@ -87,3 +91,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+register()

@@ -219,7 +219,9 @@ def test_a_wheel_carries_its_licence_and_its_command(wheel: Path) -> None:
         (licence,) = (name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE"))
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
         (commands,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
-        assert "skipstone = skipstone.cli:main" in archive.read(commands).decode()
+        points = archive.read(commands).decode()
+        assert "skipstone = skipstone.cli:main" in points
+        assert "[torch_dynamo_backends]\nskipstone = skipstone.backend:backend" in points
 
 
 def test_an_unpacked_wheel_runs_outside_the_repository(wheel: Path, tmp_path: Path) -> None:

@@ -48,11 +48,14 @@ class _Match:
     biases: list[fx.Node] = field(default_factory=list)
 
 
-def recognise_attention(program: Program) -> int:
+def recognise_attention(program: Program, verbatim: bool = False) -> int:
     """Replace every attention that is recognised by a `skipstone::attention` node, numbered in call order.
 
     Attentions that are nodes of the dialect already keep the first numbers.
 
+    Args:
+        verbatim: leave masks and repeated heads as they stand, so that the model's own operator can come back. Keys of
+            another length than the queries are then taken for those of a cache, not for another sequence's.
     Returns:
         how many were replaced.
     """
@@ -66,11 +69,23 @@ def recognise_attention(program: Program) -> int:
         if match is None:
             continue
         with provenance(program, "capture", like=node), program.graph.inserting_before(node):
-            new = _attention(program, match, slots, kinds)
+            new = _verbatim(program, match, slots) if verbatim else _attention(program, match, slots, kinds)
         node.replace_all_uses_with(new)
         found += 1
     program.recompile()
     return found
+
+
+def _verbatim(program: Program, match: _Match, slots: Iterator[int]) -> fx.Node:
+    """The dialect's node for a match as it stands, made at the insertion point."""
+    k = program.call(aten.transpose.int, match.k, 2, 3) if match.k_transposed else match.k
+    masks = [*match.masks, *(program.call(aten.logical_not.default, each) for each in match.hides)]
+    mask, bias = _combined(program.call, masks, aten.logical_and), _combined(program.call, match.biases, aten.add)
+    kind = Kind.EXPLICIT if match.kind is Kind.BIDIRECTIONAL and (mask or bias) else match.kind
+    return program.call(
+        ATTENTION, match.q, k, match.v, mask, bias, scale=match.scale, kind=str(kind), softcap=match.softcap,
+        slot=next(slots),
+    )  # fmt: skip
 
 
 def _attention(

@@ -173,19 +173,19 @@ def export(wrapper: nn.Module, inputs: Mapping[str, Tensor], dynamic: Mapping[st
         torch._dynamo.exc.TorchDynamoException,
         torch._subclasses.fake_tensor.DataDependentOutputException,
     ) as error:
-        raise Unsupported(f"tracing ({_first_line(error)})", where=_user_frame(error)) from error
+        raise Unsupported(f"tracing ({first_line(error)})", where=_user_frame(error)) from error
     except SkipstoneError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         # Non-strict tracing runs the model's own code, which may fail on symbolic sizes in any way.
         raise Unsupported(
-            f"tracing ({type(error).__name__}: {_first_line(error)})",
+            f"tracing ({type(error).__name__}: {first_line(error)})",
             where=_user_frame(error),
             hint="The model runs, but not with sizes that are left open.",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -236,12 +236,12 @@ def to_program(
                     raise InternalError(f"lifted input {spec.target!r} is not a tensor")
                 tensors[name] = value.detach()
                 environment[node] = graph.get_attr(name)
-            environment[node].meta = _clean(node.meta)
+            environment[node].meta = kept_metadata(node.meta)
         elif node.op == "output":
             results = fx.map_arg(node.args[0], lambda old: environment[old])
             graph.output(tuple(results))
         else:
-            environment[node] = _copy_call(graph, node, environment, exported.graph_module, tensors)
+            environment[node] = copy_call(graph, node, environment, exported.graph_module, tensors)
     names = list(output_names or [f"output_{i}" for i in range(len(results))])
     outputs = tuple(Port(name, roles.get(name, Role.TENSOR)) for name in names)
     module = fx.GraphModule(tensors, graph)
@@ -251,10 +251,22 @@ def to_program(
     return program
 
 
-def _copy_call(
-    graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, Any], owner: fx.GraphModule, tensors: dict[str, Tensor]
+def copy_call(
+    graph: fx.Graph,
+    node: fx.Node,
+    environment: dict[fx.Node, Any],
+    owner: fx.GraphModule,
+    tensors: dict[str, Tensor],
+    root: str = ROOT,
 ) -> Any:
-    """Copy one node; a grad-mode or autocast region is replaced by its body."""
+    """Copy one node; a grad-mode or autocast region is replaced by its body.
+
+    Args:
+        environment: what became of the nodes before it.
+        owner: what its `get_attr` nodes belong to.
+        tensors: those of the program so far.
+        root: path of the captured module in the node's metadata.
+    """
     if node.op == "get_attr":
         return getattr(owner, str(node.target))
     target = node.target
@@ -267,16 +279,18 @@ def _copy_call(
         operands = [environment[a] for a in node.args[node.args.index(body_node) + 1 :]]  # type: ignore[index]
         if region == "wrap_with_autocast" and node.args[2] is not False and node.args[2] is not None:
             raise Unsupported("autocast inside the model", where=module_path(node), hint="Cast the model instead.")
-        return _inline(graph, body, operands, tensors)
+        return _inline(graph, body, operands, tensors, root)
     if target is operator.getitem and not isinstance(environment[node.args[0]], fx.Node):  # type: ignore[index]
         return environment[node.args[0]][node.args[1]]  # type: ignore[index]
     copy = graph.node_copy(node, lambda old: environment[old])
     copy.target = _CANONICAL.get(target, target)
-    copy.meta = _clean(node.meta)
+    copy.meta = kept_metadata(node.meta, root)
     return copy
 
 
-def _inline(graph: fx.Graph, body: fx.GraphModule, operands: Sequence[Any], tensors: dict[str, Tensor]) -> Any:
+def _inline(
+    graph: fx.Graph, body: fx.GraphModule, operands: Sequence[Any], tensors: dict[str, Tensor], root: str
+) -> Any:
     environment: dict[fx.Node, Any] = {}
     remaining = iter(operands)
     for node in body.graph.nodes:
@@ -285,19 +299,19 @@ def _inline(graph: fx.Graph, body: fx.GraphModule, operands: Sequence[Any], tens
         elif node.op == "output":
             return fx.map_arg(node.args[0], lambda old: environment[old])
         else:
-            environment[node] = _copy_call(graph, node, environment, body, tensors)
+            environment[node] = copy_call(graph, node, environment, body, tensors, root)
     raise InternalError("a region has no output")
 
 
-def _strip(path: str) -> str:
-    return path.removeprefix(ROOT).removeprefix(".")
+def _strip(path: str, root: str = ROOT) -> str:
+    return path.removeprefix(root).removeprefix(".")
 
 
-def _clean(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata that programs keep: value, place in the module tree, place in the source."""
+def kept_metadata(meta: Mapping[str, Any], root: str = ROOT) -> dict[str, Any]:
+    """The metadata that programs keep: value, place in the module tree below `root`, place in the source."""
     kept = {key: meta[key] for key in ("val", "stack_trace") if key in meta}
     stack = meta.get("nn_module_stack") or {}
-    kept["nn_module_stack"] = {key: (_strip(str(path)), kind) for key, (path, kind) in stack.items()}
+    kept["nn_module_stack"] = {key: (_strip(str(path), root), kind) for key, (path, kind) in stack.items()}
     return kept
 
 

@@ -1,0 +1,151 @@
+"""From a rewritten program back to a graph that `torch.compile` takes: the same inputs, the same results.
+
+Parameters are inputs again, so that compiled code reads the user's own; caches are written in place, and attention is
+PyTorch's own operator, as it was in the model. Tensors that rewrites made are further inputs, behind all others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from skipstone.ir.capture.dynamo import Frame
+from skipstone.ir.capture.kept import BLANK, KEPT
+from skipstone.ir.dialect import ATTENTION, GATE, Kind, attention_reference
+from skipstone.ir.errors import InternalError, Unsupported
+from skipstone.ir.program import Program
+
+aten = torch.ops.aten
+
+_SDPA = aten.scaled_dot_product_attention.default
+
+
+def kept(program: Program) -> set[int]:
+    """The numbers of the values that the program computes and its frame keeps."""
+    return {node.meta[KEPT] for node in program.nodes() if KEPT in node.meta}
+
+
+def rejoin(frame: Frame, program: Program, expected: set[int]) -> None:
+    """Let the frame keep what the rewritten program computes; blanks stay where nothing is computed.
+
+    Args:
+        program: changed in place.
+        expected: the numbers of the values that it must compute; the others belong to attentions that were left out.
+    Raises:
+        Unsupported: it computes one of them several times.
+    """
+    found: dict[int, list[fx.Node]] = {number: [] for number in expected}
+    for node in program.nodes():
+        if KEPT in node.meta:
+            found[node.meta[KEPT]].append(node)
+    blanks = {node.meta[BLANK]: node for node in program.nodes() if BLANK in node.meta}
+    for number, nodes in found.items():
+        if len(nodes) > 1:
+            raise Unsupported(
+                "layer_parallel with several iterations over layers whose keys and values go to a cache of Hugging "
+                "Face, which has room for those of one",
+                where=frame.kept[number],
+                hint="Take one iteration, or use skipstone.optimize(model, plan), whose cache has room for each.",
+            )
+        if not nodes:
+            raise InternalError(f"the keys or values of {frame.kept[number]} are lost")
+        place = nodes[0]
+        for user in _behind(blanks[number]):  # may stand before what they now read
+            place.append(user)
+            place = user
+        blanks[number].replace_all_uses_with(nodes[0])
+    program.recompile()
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """What is computed from a node, in graph order."""
+    reached = {node}
+    for each in node.graph.nodes:
+        if each.op != "output" and not reached.isdisjoint(each.all_input_nodes):
+            reached.add(each)
+    return [each for each in node.graph.nodes if each in reached and each is not node]
+
+
+def lower(frame: Frame, program: Program) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The graph of a rewritten program, for a frame of Dynamo.
+
+    Returns:
+        the graph, and the tensors that it takes behind the frame's own inputs.
+    """
+    graph = fx.Graph()
+    inputs = {node.name: _input(graph, node) for node in frame.module.graph.find_nodes(op="placeholder")}
+    owned = {name: inputs[placeholder] for placeholder, name in frame.owned.items()}
+    further = [name for name in program.tensors() if name not in owned]
+    tensors = [program.tensor(name) for name in further]
+    for name, tensor in zip(further, tensors, strict=True):
+        owned[name] = _further_input(graph, name, tensor, program)
+    environment: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            environment[node] = inputs[str(node.target)]
+        elif node.op == "get_attr":
+            environment[node] = owned[str(node.target)]
+        elif node.op == "call_function":
+            environment[node] = _call(graph, node, environment)
+    returned: Any = program.output_node().args[0]
+    count = len(frame.written)
+    results = {node: environment[node] for node in returned[count:]}
+    for node in results:
+        if node.op == "get_attr" and str(node.target) in further:  # stays what it is whatever becomes of the result
+            results[node] = graph.call_function(aten.clone.default, (environment[node],))
+    for name, node in zip(frame.written, returned, strict=False):
+        if environment[node] is not inputs[name]:
+            graph.call_function(aten.copy_.default, (inputs[name], environment[node]))
+            results[node] = inputs[name]  # what returns an input that it has written returns that input
+    values = [results[node] for node in returned[count:]]
+    for place, constant in sorted(frame.constants.items()):
+        values.insert(place, constant)
+    graph.output(tuple(values))
+    module = fx.GraphModule({}, graph)
+    module.meta = dict(frame.module.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(frame.module, name):
+            setattr(module, name, getattr(frame.module, name))
+    return module, tensors
+
+
+def _input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    copy = graph.node_copy(node)
+    copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    return copy
+
+
+def _further_input(graph: fx.Graph, name: str, tensor: Tensor, program: Program) -> fx.Node:
+    """An input that no variable of the frame stands for, always the same tensor at the same place."""
+    node = graph.placeholder(name)
+    mode = next(value.fake_mode for each in program.graph.nodes if hasattr(value := each.meta.get("val"), "fake_mode"))
+    # The mode remembers it, so that its sizes stay numbers wherever it is made fake again.
+    node.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
+
+
+def _call(graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, fx.Node]) -> fx.Node:
+    copy = graph.node_copy(node, environment.__getitem__)
+    copy.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+    if node.target is GATE:
+        copy.target = _gate
+    elif node.target is ATTENTION:
+        q, k, v, mask, bias, *rest = (*copy.args, None, None)[: max(5, len(copy.args))]
+        kind, scale = node.kwargs["kind"], node.kwargs["scale"]
+        whole = kind == Kind.CAUSAL and (mask is not None or bias is not None)
+        if any(each is not None for each in rest) or node.kwargs.get("softcap") or (mask and bias) or whole:
+            copy.target = attention_reference
+            return copy
+        grouped = node.args[0].meta["val"].shape[1] != node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+        copy.target = _SDPA
+        copy.args = (q, k, v, bias if mask is None else mask, 0.0, kind == Kind.CAUSAL)
+        copy.kwargs = {"scale": scale, "enable_gqa": grouped}
+    return copy
+
+
+def _gate(x: Tensor, skip: Tensor) -> Tensor:
+    return x.masked_fill(skip.unsqueeze(-1), 0)
