@@ -1,17 +1,22 @@
 """Decoding on a GPU: an optimized model against the ways to run it that it competes with, and against the memory.
 
-`decode` is a model of the shape of Qwen2-0.5B, `deep` one of 32 narrow layers whose middle ones run in sequence or at
-the same time, `options` the first one compiled in other ways; random weights in bfloat16, batch 1, 1024 tokens in the
-cache, greedy. A system's time is that of one more token in a row of them, with the host's work. "graph" is the device's
-part of it alone, one replay of a CUDA graph. The floor is the time to read weights, keys and values once at the
-bandwidth of a large copy (bytes read and written) that is measured in the same run.
+Rows are named by model, batch and context: "0.5b_1_1k" is a model of the shape of Qwen2-0.5B behind 1024 tokens,
+"1b_8_8k" eight sequences of one of the shape of Llama-3.2-1B behind 8192 each. Of each, the empty plan is compared with
+transformers, as it is and compiled with CUDA graphs over a static cache, and with plans that make it cheaper. "deep" is
+a model of 32 narrow layers whose middle ones run in sequence or at the same time; "kernels" (for eight sequences,
+"kernels_8") and "tuned" ask what our kernel of linear layers, and what Inductor's tuning of the baseline, are worth.
+Weights are random, in bfloat16; decoding is greedy.
+
+A system's time is that of one more token of each sequence in a row of them, with the host's work. "graph" is the
+device's part of it alone, one replay of a CUDA graph. The floor is the time to read weights, keys and values once at
+the bandwidth of a large copy (bytes read and written) that is measured in the same run.
 
 Wrong results have no speed: logits are first compared with those of the same model in float64, or of the same program
 run operator by operator.
 
-Compiling takes minutes, so the systems of a stage compile at the same time in processes of their own, and are then
-measured in turns. The figures of every stage are written as soon as they are there. A run that was cut off goes on at
-the next stage if it is started again, on the same device and with the same code.
+Compiling takes minutes, so all systems compile at the same time in processes of their own, and are then measured in
+turns. The figures of every stage are written as soon as they are there. A run that was cut off goes on at the next
+stage if it is started again, on the same device and with the same code.
 """
 
 from __future__ import annotations
@@ -20,23 +25,38 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_systems import TUNED, checked, copying, deep, hugging_face, planned, qwen2
+from benchmarks.gpu_systems import (
+    Workload,
+    checked,
+    copying,
+    deep,
+    for_few_rows,
+    hugging_face,
+    llama,
+    planned,
+    qwen2,
+    without_row_linear,
+)
 from benchmarks.harness import Row, Samples, arguments, device, publish, take_turns, versions
-from benchmarks.workers import Build, Worker, workers
+from benchmarks.workers import Build, Crew, Worker
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel, Segment, Unit
+from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
+from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
 
 ROOT, ROOMS = Path(__file__).parent.parent, ("ir", "passes", "kernels", "runtime", "skipstone", "benchmarks")
 
-Figures = Callable[[str, Mapping[str, Samples], Mapping[str, float]], Iterator[Row]]
-"""Of one system: its name, the measurements of all by figure, and the bytes that each system reads at least."""
+Figures = Callable[[str, str, Mapping[str, Samples], Mapping[str, float]], Iterator[Row]]
+"""Of one system: names of the part and of it, measurements by figure, and the bytes that each system reads at least."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +64,46 @@ class Part:
     """A comparison.
 
     Attributes:
+        name: what its figures' names begin with.
         base: what everything is compared with, in every stage.
         stages: other systems, those that are wanted most first.
         figures: what is made of the measurements.
     """
 
-    base: Mapping[str, Build]
-    stages: Sequence[Mapping[str, Build]]
+    name: str
+    base: dict[str, Build]
+    stages: Sequence[dict[str, Build]]
     figures: Figures
 
 
-def decode_figures(name: str, samples: Mapping[str, Samples], sizes: Mapping[str, float]) -> Iterator[Row]:
-    """The optimized model against the floor, or a baseline over it; baselines in milliseconds."""
-    if name == "ours":
-        yield from against_floor("decode", name, samples, sizes)
-    elif name != "copy":
-        ours, theirs = samples["ours"], samples[name].median
-        goal = 1.0 if name == "hf compiled" else None
-        yield Row(f"decode_vs_{name.replace(' ', '_')}", theirs / ours.median, theirs * 1e3, goal, ours.count)
+def figures(prefix: str, name: str, samples: Mapping[str, Samples], sizes: Mapping[str, float]) -> Iterator[Row]:
+    """The empty plan against the floor and transformers, and other plans against the empty one.
+
+    Baselines are the floor, transformers or the empty plan, in milliseconds.
+    """
+    if name == "copy":
+        return
+    each, ours = samples[name], samples["ours"]
+    yield Row(f"{prefix}_{name}_milliseconds", each.median * 1e3, None, None, each.count)
+    if name.startswith("hf"):
+        goal = 1.3 if (prefix, name) == ("0.5b_1_1k", "hf_compiled") else None
+        yield Row(f"{prefix}_vs_{name}", each.median / ours.median, each.median * 1e3, goal, each.count)
+    else:
+        yield from against_floor(f"{prefix}_{name}", name, samples, sizes, 0.5 if prefix == "0.5b_1_1k" else None)
+    if not name.startswith(("hf", "ours")):
+        yield Row(f"{prefix}_{name}_gain", ours.median / each.median, ours.median * 1e3, None, each.count)
+    read, prompts = samples.get("ours prefill"), samples.get(f"{name} prefill")
+    if read is not None and prompts is not None and name != "ours":
+        yield Row(
+            f"{prefix}_prefill_vs_{name}", prompts.median / read.median, prompts.median * 1e3, None, prompts.count
+        )
 
 
-def deep_figures(name: str, samples: Mapping[str, Samples], sizes: Mapping[str, float]) -> Iterator[Row]:
+def deep_figures(prefix: str, name: str, samples: Mapping[str, Samples], sizes: Mapping[str, float]) -> Iterator[Row]:
     """A plan against the floor, and layers at the same time against the faster of those in sequence."""
     if name == "copy":
         return
-    yield from against_floor(f"deep_{name}", name, samples, sizes)
+    yield from against_floor(f"{prefix}_{name}", name, samples, sizes)
     if name in AT_ONCE:
         for mode in ("", " graph"):
             base, each = min(samples[other + mode].median for other in SEQUENTIAL), samples[name + mode]
@@ -76,79 +111,101 @@ def deep_figures(name: str, samples: Mapping[str, Samples], sizes: Mapping[str, 
             yield Row(metric, base / each.median, base * 1e3, goal, each.count)
 
 
-def options_figures(name: str, samples: Mapping[str, Samples], sizes: Mapping[str, float]) -> Iterator[Row]:
-    """A way of compiling against the floor."""
-    if name != "copy":
-        yield from against_floor(f"options_{name}", name, samples, sizes)
-
-
-def against_floor(metric: str, name: str, samples: Mapping[str, Samples], sizes: Mapping[str, float]) -> Iterator[Row]:
-    """Tokens a second, and shares of the copy bandwidth; baselines are the floor in milliseconds."""
+def against_floor(
+    metric: str, name: str, samples: Mapping[str, Samples], sizes: Mapping[str, float], goal: float | None = None
+) -> Iterator[Row]:
+    """Steps a second, and shares of the copy bandwidth; baselines are the floor in milliseconds."""
     floor = sizes[name] * samples["copy"].median
     each, graph = samples[name], samples[f"{name} graph"]
-    yield Row(f"{metric}_tokens_per_second", 1 / each.median, None, None, each.count)
-    yield Row(f"{metric}_of_copy_bandwidth", floor / each.median, floor * 1e3, None, each.count)
+    yield Row(f"{metric}_steps_per_second", 1 / each.median, None, None, each.count)
+    yield Row(f"{metric}_of_copy_bandwidth", floor / each.median, floor * 1e3, goal, each.count)
     yield Row(f"{metric}_graph_of_copy_bandwidth", floor / graph.median, floor * 1e3, None, graph.count)
 
 
+WORKLOADS = {
+    "0.5b_1_1k": Workload(qwen2, 1, 1024),
+    "0.5b_1_32k": Workload(qwen2, 1, 32768),
+    "1b_8_8k": Workload(llama, 8, 8192),
+}
+
+PLANS = {
+    "int8_kv": Plan([QuantizeKV(k="int8", v="int8", granularity="token", condition=False)]),
+    "skipped": Plan([SkipSublayers(layers=(4, 8, 12))]),
+    "gates": Plan([SkipFFNAdaptive(threshold=1.0, cold_start=0, cold_end=0, warmup_tokens=0, max_share=1.0)]),
+}
+"""Keys and values in 8 bits, three layers left out, and gates at all FFNs, which next to never skip one."""
+
 SEQUENTIAL = {"sequential": Plan([]), "sequential_fused": Plan([FuseParallel()])}
 
-AT_ONCE: Mapping[str, tuple[range, Unit, bool]] = {
-    "24_1_layer": (range(4, 28), "layer", True),
-    "24_1_two_stage": (range(4, 28), "two_stage", True),
-    "12_1_layer": (range(10, 22), "layer", True),
-    "12_1_two_stage": (range(10, 22), "two_stage", True),
-    "24_1_two_stage_unfused": (range(4, 28), "two_stage", False),
+AT_ONCE: Mapping[str, tuple[range, Unit]] = {
+    "24_1_layer": (range(4, 28), "layer"),
+    "24_1_two_stage": (range(4, 28), "two_stage"),
+    "12_1_layer": (range(10, 22), "layer"),
+    "12_1_two_stage": (range(10, 22), "two_stage"),
 }
-"""Layers that run at the same time, in one iteration: which, in which unit, and whether they become one."""
+"""Layers that run at the same time, in one iteration, fused: which, and in which unit."""
 
-COPY = {"copy": copying}
-
-
-def _sequential(name: str) -> Build:
-    return partial(planned, name, SEQUENTIAL[name], deep, None)
+COPY: dict[str, Build] = {"copy": copying}
+FIRST, EIGHT, DEEP = WORKLOADS["0.5b_1_1k"], Workload(qwen2, 8, 1024), Workload(deep, 1, 1024)
 
 
 def _at_once(name: str) -> Build:
-    layers, unit, is_fused = AT_ONCE[name]
+    layers, unit = AT_ONCE[name]
     segment = LayerParallel((Segment(layers.start, layers.stop, unit=unit),))
-    return partial(planned, name, Plan([segment, *([FuseParallel()] if is_fused else [])]), deep, None)
+    return partial(planned, name, Plan([segment, FuseParallel()]), DEEP)
 
 
-def _hugging_face(*names: str) -> dict[str, Build]:
-    return {name: partial(hugging_face, name) for name in names}
+def _decoding(prefix: str, *plans: str) -> Part:
+    """The empty plan, transformers, and other plans."""
+    workload = WORKLOADS[prefix]
+    # Another copy of the model in float64 is for the smallest workload.
+    ours = partial(checked, "ours", workload) if prefix == "0.5b_1_1k" else partial(
+        planned, "ours", Plan([]), workload, reads_prompts=True
+    )  # fmt: skip
+    theirs: dict[str, Build] = {name: partial(hugging_face, name, workload) for name in ("hf_compiled", "hf_eager")}
+    others = {name: partial(planned, name, PLANS[name], workload) for name in plans}
+    return Part(prefix, COPY | {"ours": ours}, (theirs | others,), figures)
 
 
-def _options(**options: Mapping[str, bool]) -> dict[str, Build]:
-    return {name: partial(planned, name, Plan([]), qwen2, chosen) for name, chosen in options.items()}
+_OURS = COPY | {"ours": partial(planned, "ours", Plan([]), FIRST)}
 
-
-# What Inductor tunes by measuring gets ready in a stage of its own, where nothing else compiles.
+# What Inductor tunes by measuring gets ready by itself.
 PARTS = {
-    "decode": Part(
-        COPY | {"ours": partial(checked, "ours")},
-        (_hugging_face("hf eager", "hf compiled"), _hugging_face("hf compiled tuned")),
-        decode_figures,
-    ),
+    "0.5b_1_1k": _decoding("0.5b_1_1k", "int8_kv", "skipped", "gates"),
+    "0.5b_1_32k": _decoding("0.5b_1_32k", "int8_kv"),
+    "1b_8_8k": _decoding("1b_8_8k", "int8_kv"),
     "deep": Part(
-        COPY | {name: _sequential(name) for name in SEQUENTIAL},
+        "deep",
+        COPY | {name: partial(planned, name, plan, DEEP) for name, plan in SEQUENTIAL.items()},
         tuple({name: _at_once(name) for name in AT_ONCE if name.startswith(layers)} for layers in ("24", "12")),
         deep_figures,
     ),
-    "options": Part(
-        COPY, (_options(none={}, combo={"combo_kernels": True}), _options(tuned=TUNED)), options_figures
+    "kernels": Part(
+        "kernels",
+        _OURS,
+        ({"without_row_linear": partial(without_row_linear, "without_row_linear", FIRST)},),
+        figures,
+    ),
+    "kernels_8": Part(
+        "kernels_8",
+        COPY | {"ours": partial(planned, "ours", Plan([]), EIGHT)},
+        ({"row_linear": partial(for_few_rows, "row_linear", EIGHT)},),
+        figures,
+    ),
+    "tuned": Part(
+        "tuned", _OURS, ({"hf_compiled_tuned": partial(hugging_face, "hf_compiled_tuned", FIRST)},), figures
     ),
 }  # fmt: skip
 
 
 def measure(
-    part: Part, number: int, ready: Callable[[Mapping[str, Build]], dict[str, Worker]], rounds: int
+    part: Part, number: int, ready: Callable[[dict[str, Build]], dict[str, Worker]], rounds: int
 ) -> Iterator[Row]:
     """The figures of a stage: of the base too in the first one.
 
     Args:
         number: of the stage.
-        ready: see `benchmarks.workers.workers`.
+        ready: see `benchmarks.workers.Crew.ready`.
     Raises:
         SystemExit: there is nothing to compare with.
     """
@@ -164,8 +221,9 @@ def measure(
     sizes = {name: worker.size for name, worker in found.items()}
     for name in found:
         if number == 0 or name not in part.base:
-            yield from found[name].facts
-            yield from part.figures(name, samples, sizes)
+            for fact in found[name].facts:
+                yield replace(fact, metric=f"{part.name}_{fact.metric}")
+            yield from part.figures(part.name, name, samples, sizes)
 
 
 class Progress:
@@ -209,23 +267,22 @@ def _code() -> str:
 def main() -> None:
     """Measure, and print and write the figures of every stage as soon as they are there."""
     parser = arguments("gpu", __doc__ or "")
-    parser.add_argument("--rows", nargs="+", choices=PARTS, default=["decode", "deep"], help="which parts to measure")
+    parser.add_argument("--rows", nargs="+", choices=PARTS, default=[*WORKLOADS], help="which to measure")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu measures decoding on a CUDA device, and torch finds none here.", file=sys.stderr)
         raise SystemExit(2)
-    rounds = 5 if chosen.quick else 15
+    rounds = 3 if chosen.quick else 9
     progress = Progress(chosen.json, rounds)
-    for name in chosen.rows:
-        part = PARTS[name]
-        with workers() as ready:
-            for number in range(len(part.stages)):
-                stage = f"{name} {number + 1}"
-                if stage in progress.stages:
-                    print(f"{stage} was measured before the run was cut off", flush=True)
-                    continue
-                progress.add(stage, measure(part, number, ready, rounds))
-                publish("gpu", progress.rows(), chosen.json)
+    stages = [(name, number) for name in chosen.rows for number in range(len(PARTS[name].stages))]
+    left = [(name, number) for name, number in stages if f"{name} {number + 1}" not in progress.stages]
+    with ExitStack() as stack:
+        crews = {name: stack.enter_context(Crew()) for name in dict.fromkeys(name for name, _ in left)}
+        for name, number in left:
+            crews[name].begin(PARTS[name].base | PARTS[name].stages[number])
+        for name, number in left:
+            progress.add(f"{name} {number + 1}", measure(PARTS[name], number, crews[name].ready, rounds))
+            publish("gpu", progress.rows(), chosen.json)
     progress.finish()
 
 

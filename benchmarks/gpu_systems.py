@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -23,21 +24,22 @@ from transformers import (
 from benchmarks.harness import Row, Turn
 from benchmarks.workers import System
 from skipstone.ir.program import Program
+from skipstone.ir.row_linear import MOST_ROWS
 from skipstone.optimize import capture, lower, rewrite
 from skipstone.plan import Plan
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
-from skipstone.runtime.triton import session as triton_session
+from skipstone.runtime.triton import rows
 
-CONTEXT, NEW_TOKENS = 1024, 64
+NEW_TOKENS = 64
 DEVICE, DTYPE = "cuda", torch.bfloat16
 COPIED = 2**30
 """Bytes that are copied to measure the bandwidth."""
 
 TUNED: Mapping[str, Any] = {"combo_kernels": True, "coordinate_descent_tuning": True}
 COMPILING: Mapping[str, Mapping[str, Any]] = {
-    "hf compiled": {"mode": "reduce-overhead"},
-    "hf compiled tuned": {"options": {"triton.cudagraphs": True, **TUNED}},
+    "hf_compiled": {"mode": "reduce-overhead"},
+    "hf_compiled_tuned": {"options": {"triton.cudagraphs": True, **TUNED}},
 }
 """How transformers' model is compiled."""
 
@@ -49,9 +51,18 @@ def qwen2() -> PreTrainedModel:
     """A model of the shape of Qwen2-0.5B."""
     config = Qwen2Config(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+        num_key_value_heads=2, max_position_embeddings=65536, tie_word_embeddings=True,
     )  # fmt: skip
     return _random(Qwen2ForCausalLM, config)
+
+
+def llama() -> PreTrainedModel:
+    """A model of the shape of Llama-3.2-1B."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=65536, tie_word_embeddings=True,
+    )  # fmt: skip
+    return _random(LlamaForCausalLM, config)
 
 
 def deep() -> PreTrainedModel:
@@ -72,47 +83,75 @@ def _random(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     return model
 
 
-def prompt(model: PreTrainedModel) -> Tensor:
-    """Tokens [1, CONTEXT], always the same."""
-    ids = torch.randint(model.config.vocab_size, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
-    return ids.to(DEVICE)
+@dataclass(frozen=True)
+class Workload:
+    """What is decoded.
+
+    Attributes:
+        make: the model.
+        batch: sequences.
+        context: tokens of each that are in the cache before.
+    """
+
+    make: Callable[[], PreTrainedModel]
+    batch: int
+    context: int
+
+    def prompt(self, model: PreTrainedModel) -> Tensor:
+        """Tokens [batch, context], always the same."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(model.config.vocab_size, (self.batch, self.context), generator=generator).to(DEVICE)
 
 
 class Ours:
     """A session, step by step, over a cache of its own; nothing in a step waits for the device."""
 
-    def __init__(self, executable: Any) -> None:
-        self.executable, self.session = executable, executable.session
-        self.one = torch.ones(1, dtype=torch.int64, device=DEVICE)
-        self.row = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    def __init__(self, executable: Any, config: Any, workload: Workload) -> None:
+        self.executable, self.session, self.config, self.workload = executable, executable.session, config, workload
+        self.one = torch.ones(workload.batch, dtype=torch.int64, device=DEVICE)
+        self.row = torch.zeros(workload.batch, 1, dtype=torch.int64, device=DEVICE)
         self.cache: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Logits [1, V] behind a prompt, which goes to a new cache."""
+        """Logits [B, V] behind a prompt, which goes to a new cache."""
         self.cache = None
         logits, self.cache = self.executable.prefill(ids)
         self.rewind()
         return logits  # type: ignore[no-any-return]
 
     def fill(self) -> None:
-        """Put random keys and values into a new cache."""
+        """Put random keys and values into a new cache, with small scales where they are quantized."""
         random = torch.Generator(DEVICE).manual_seed(1)
-        self.cache = self.session.new_cache(1, CONTEXT + 2 * NEW_TOKENS)
+        self.cache = self.session.new_cache(self.workload.batch, self.workload.context + 2 * NEW_TOKENS)
         for buffer in self.cache.buffers.values():
-            buffer.normal_(generator=random)
+            if buffer.dtype == DTYPE:
+                buffer.normal_(generator=random)
+            elif buffer.is_floating_point():
+                buffer.uniform_(0.01, 0.02, generator=random)
+            else:
+                buffer.random_(-127, 128, generator=random)
         self.rewind()
 
     def rewind(self) -> None:
         """Forget what was decoded."""
-        self.cache.lengths = torch.full_like(self.one, CONTEXT)
-        self.position = torch.full_like(self.row, CONTEXT)
+        self.cache.lengths = torch.full_like(self.one, self.workload.context)
+        self.position = torch.full_like(self.row, self.workload.context)
 
     def decode(self, token: Tensor) -> Tensor:
-        """Logits [1, V] behind one more token [1, 1]."""
+        """Logits [B, V] behind one more token [B, 1] of each."""
         logits: Tensor = self.session.step(token, self.position, self.one, self.row, self.cache)
         self.cache.advance(self.one)
         self.position = self.position + 1
         return logits[:, 0]
+
+    def least_bytes(self) -> float:
+        """Bytes that a step reads: weights once, and keys and values in the middle of a turn."""
+        program, config = self.session.program, self.config
+        weights = program.weight_bytes()
+        if not config.tie_word_embeddings:  # of embeddings, one row is read
+            weights -= config.vocab_size * config.hidden_size * DTYPE.itemsize
+        rows = (self.workload.context + NEW_TOKENS // 2) / self.cache.capacity
+        return weights + rows * sum(buffer.nbytes for buffer in self.cache.buffers.values())
 
 
 class Dynamic:
@@ -136,15 +175,15 @@ class Dynamic:
 class Static:
     """The model under `torch.compile` with CUDA graphs, with a static cache; prompts are read uncompiled."""
 
-    def __init__(self, model: PreTrainedModel, compiling: Mapping[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, compiling: Mapping[str, Any], context: int) -> None:
         self.model = model
         self.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **compiling)
-        self.cache = StaticCache(config=model.config, max_cache_len=CONTEXT + 2 * NEW_TOKENS)
+        self.cache = StaticCache(config=model.config, max_cache_len=context + 2 * NEW_TOKENS)
 
     def prefill(self, ids: Tensor) -> Tensor:
         """See `Ours.prefill`."""
         self.cache.reset()
-        self.position = torch.full((1, 1), ids.shape[1], device=DEVICE)
+        self.position = torch.full((ids.shape[0], 1), ids.shape[1], device=DEVICE)
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
@@ -192,7 +231,7 @@ def on_device(name: str, action: Callable[[], Any], times: int, units: float) ->
 
 def of_ours(name: str, ours: Ours) -> dict[str, Turn]:
     """Turns of tokens in a row, and of the captured graph alone, which decodes one and the same token."""
-    first = torch.zeros(1, ours.session.program.source.vocabulary, device=DEVICE)
+    first = torch.zeros(ours.workload.batch, ours.session.program.source.vocabulary, device=DEVICE)
 
     def again() -> Tensor:
         ours.rewind()
@@ -201,6 +240,11 @@ def of_ours(name: str, ours: Ours) -> dict[str, Turn]:
     replay = ours.cache.lease.storage.steps[ours.session].replay
     graph = f"{name} graph"
     return {name: tokens_in_a_row(name, ours, again), graph: on_device(graph, replay, NEW_TOKENS, NEW_TOKENS)}
+
+
+def prefilling(name: str, prefill: Callable[[], Any]) -> dict[str, Turn]:
+    """The turn of a prompt."""
+    return {f"{name} prefill": torch.no_grad()(on_device(f"{name} prefill", prefill, 1, 1))}
 
 
 # ------------------------------------------------------------------------------------------------------------- systems
@@ -213,49 +257,66 @@ def copying() -> System:
     return System({"copy": on_device("copy", partial(target.copy_, source), 4, 8 * COPIED)})
 
 
-def hugging_face(name: str) -> System:
+def hugging_face(name: str, workload: Workload) -> System:
     """transformers' own model, compiled as its name says."""
-    model = qwen2()
-    ids = prompt(model)
-    system: Any = Static(model, COMPILING[name]) if name in COMPILING else Dynamic(model)
+    model = workload.make()
+    ids = workload.prompt(model)
+    is_compiled = name in COMPILING
+    system: Any = Static(model, COMPILING[name], workload.context) if is_compiled else Dynamic(model)
     turn = tokens_in_a_row(name, system, lambda: system.prefill(ids))
     turn()  # compiles
-    return System({name: turn})
+    turns = {} if is_compiled else prefilling(name, lambda: system.prefill(ids))
+    return System({name: turn, **turns}, facts=[peak(name)])
 
 
-def checked(name: str) -> System:
+def checked(name: str, workload: Workload) -> System:
     """The optimized model, whose logits of a prompt and of tokens behind it are compared with float64.
 
     What it takes from the model to its first tokens is measured while others compile.
     """
-    model = qwen2()
-    ids = prompt(model)
+    model = workload.make()
+    ids = workload.prompt(model)
     started = time.perf_counter()
-    captured = capture(model)
-    ours = Ours(optimize(captured, Plan([])))
+    ours = Ours(optimize(capture(model), Plan([])), model.config, workload)
     ours.prefill(ids)
     ours.decode(ids[:, :1])
     torch.cuda.synchronize()
-    seconds = Row("seconds_to_first_tokens", time.perf_counter() - started, None, None, 1)
-    facts = [seconds, *compare_with_float64(model, ours, ids)]
+    facts = [Row("seconds_to_first_tokens", time.perf_counter() - started, None, None, 1), peak(name)]
+    facts += compare_with_float64(model, ours, ids)
     ours.prefill(ids)
     ours.decode(ids[:, :1])
-    return System(of_ours(name, ours), least_bytes(captured, model.config), facts)
+    turns = of_ours(name, ours)
+    return System(turns | prefilling(name, lambda: ours.executable.prefill(ids)), ours.least_bytes(), facts)
 
 
-def planned(name: str, plan: Plan, make: Callable[[], PreTrainedModel], options: Mapping[str, Any] | None) -> System:
+def planned(name: str, plan: Plan, workload: Workload, reads_prompts: bool = False) -> System:
     """A plan behind a context of random keys and values, compared with its program run operator by operator.
 
     Args:
-        options: of Inductor for steps of one token, None for those that executables have.
+        reads_prompts: whether reading a prompt is timed, too.
     """
-    model = make()
-    captured = capture(model)
-    with patch.object(triton_session, "DECODE", triton_session.DECODE if options is None else options):
-        ours = Ours(optimize(captured, plan))
+    model = workload.make()
+    ours = Ours(optimize(capture(model), plan), model.config, workload)
     ours.fill()
     compare_with_eager(name, ours)
-    return System(of_ours(name, ours), least_bytes(captured, model.config))
+    turns, facts, size = of_ours(name, ours), [peak(name)], ours.least_bytes()
+    if reads_prompts:
+        ids = workload.prompt(model)
+        turns |= prefilling(name, lambda: ours.executable.prefill(ids))
+        turns[f"{name} prefill"]()  # compiles
+    return System(turns, size, facts)
+
+
+def without_row_linear(name: str, workload: Workload) -> System:
+    """The optimized model, with linear layers, norms and sums left to Inductor."""
+    with patch.object(rows, "ROWS", 0):
+        return planned(name, Plan([]), workload)
+
+
+def for_few_rows(name: str, workload: Workload) -> System:
+    """The optimized model, with the kernel of `row_linear` for all rows that it can have."""
+    with patch.object(rows, "ROWS", MOST_ROWS):
+        return planned(name, Plan([]), workload)
 
 
 def optimize(captured: Program, plan: Plan) -> Any:
@@ -266,12 +327,9 @@ def optimize(captured: Program, plan: Plan) -> Any:
     return Executable(lower(program, "triton"), target="triton")
 
 
-def least_bytes(captured: Program, config: Any) -> float:
-    """Bytes that a token reads: weights once, and keys and values in the middle of a turn."""
-    width = config.num_key_value_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    table = config.vocab_size * config.hidden_size * DTYPE.itemsize
-    weights = captured.weight_bytes() - (0 if config.tie_word_embeddings else table)  # of embeddings, one row is read
-    return weights + 2 * config.num_hidden_layers * width * DTYPE.itemsize * (CONTEXT + NEW_TOKENS // 2)
+def peak(name: str) -> Row:
+    """The most memory that tensors of this process took so far."""
+    return Row(f"{name}_peak_gigabytes", torch.cuda.max_memory_allocated() / 1e9, None, None, 1)
 
 
 @torch.no_grad()
@@ -298,10 +356,10 @@ def compare_with_float64(model: PreTrainedModel, ours: Ours, ids: Tensor) -> Ite
 def compare_with_eager(name: str, ours: Ours) -> None:
     """Compare two steps with those of the same program run operator by operator; refuse to time what is wrong."""
     eager = EagerSession(ours.session.program)
-    cache = eager.new_cache(1, ours.cache.capacity)
+    cache = eager.new_cache(ours.workload.batch, ours.cache.capacity)
     cache.buffers = {key: buffer.clone() for key, buffer in ours.cache.buffers.items()}
     cache.lengths = ours.cache.lengths.clone()
-    token = torch.full((1, 1), 7, device=DEVICE)
+    token = torch.full_like(ours.row, 7)
     for _ in range(2):  # the second one is a replay with other lengths
         position = ours.position
         wanted = eager.step(token, position, ours.one, ours.row, cache)[:, 0].double()

@@ -6,8 +6,7 @@ takes none of the others with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -89,20 +88,26 @@ def _serve(connection: Connection[Any, Any], build: Build) -> None:
         connection.send(system.turns[name]())
 
 
-@contextmanager
-def workers() -> Iterator[Callable[[Mapping[str, Build]], dict[str, Worker]]]:
-    """Starts workers where it is asked for them, keeps them, and ends them at last.
+class Crew:
+    """Workers by the name of their system, which are started once and kept until the crew's block ends."""
 
-    What it gives takes the systems by name and returns the workers of those that are ready.
-    """
-    running: dict[str, Worker] = {}
-    with ExitStack() as stack:
+    def __init__(self) -> None:
+        self._running: dict[str, Worker] = {}
 
-        def ready(builds: Mapping[str, Build]) -> dict[str, Worker]:
-            for name, build in builds.items():
-                if name not in running:
-                    running[name] = Worker(name, build)
-                    stack.callback(running[name].close)
-            return {name: running[name] for name in builds if running[name].is_ready()}
+    def begin(self, builds: Mapping[str, Build]) -> None:
+        """Start those that do not run yet, without waiting for them."""
+        for name, build in builds.items():
+            if name not in self._running:
+                self._running[name] = Worker(name, build)
 
-        yield ready
+    def ready(self, builds: Mapping[str, Build]) -> dict[str, Worker]:
+        """The workers of those that get ready; they are started if they do not run yet."""
+        self.begin(builds)
+        return {name: self._running[name] for name in builds if self._running[name].is_ready()}
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._running.values():
+            worker.close()

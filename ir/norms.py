@@ -10,7 +10,7 @@ from torch import fx
 
 aten = torch.ops.aten
 
-_CASTS = (aten._to_copy.default, aten.to.dtype)
+_CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 
 
 @dataclass(frozen=True)

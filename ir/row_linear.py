@@ -33,7 +33,6 @@ def check_operands(
     biases: Sequence[Tensor | None],
     gain: Tensor | None,
     residual: Tensor | None,
-    ahead: Sequence[Tensor],
     activation: str,
     is_gated: bool,
 ) -> None:
@@ -61,8 +60,6 @@ def check_operands(
     others = [each for each in (*weights, *biases, gain, residual) if each is not None]
     if any(other.dtype != x.dtype or other.device != x.device for other in others):
         raise InvalidInput(f"Rows of {x.dtype} on {x.device} with operands of other dtypes or devices.")
-    if any(other.device != x.device or not other.is_contiguous() for other in ahead):
-        raise InvalidInput("What is asked for ahead is on another device, or not in one piece.")
 
 
 def columns(weights: Sequence[Tensor], is_gated: bool) -> int:
@@ -75,9 +72,8 @@ def row_linear(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    gain: Tensor | None,
-    residual: Tensor | None,
-    ahead: Sequence[Tensor],
+    gain: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     eps: float | None = None,
     offset: float = 0.0,
@@ -95,8 +91,6 @@ def row_linear(
         biases: [F_i] or None each.
         gain: [D] of the norm, None for one.
         residual: [..., F].
-        ahead: constants that will be read next, in this order; they make no difference to the result. A kernel may ask
-            the memory for them while it waits for `x`.
         eps: of the RMSNorm ``x * rsqrt(mean(x ** 2) + eps) * (gain + offset)``; None for no norm.
         offset: added to the gain.
         activation: one of `ACTIVATIONS`.
@@ -106,7 +100,7 @@ def row_linear(
     Raises:
         InvalidInput: see `check_operands`.
     """
-    check_operands(x, weights, biases, gain, residual, ahead, activation, is_gated)
+    check_operands(x, weights, biases, gain, residual, activation, is_gated)
     exact = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(exact)
     if eps is not None:
@@ -122,8 +116,8 @@ def row_linear(
 
 
 @row_linear.register_fake
-def _(x, weights, biases, gain, residual, ahead, *, eps=None, offset=0.0, activation="none", is_gated=False):  # type: ignore[no-untyped-def]
-    check_operands(x, weights, biases, gain, residual, ahead, activation, is_gated)
+def _(x, weights, biases, gain=None, residual=None, *, eps=None, offset=0.0, activation="none", is_gated=False):  # type: ignore[no-untyped-def]
+    check_operands(x, weights, biases, gain, residual, activation, is_gated)
     return x.new_empty(*x.shape[:-1], columns(weights, is_gated))
 
 

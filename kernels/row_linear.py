@@ -20,7 +20,7 @@ from torch import Tensor
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.row_linear import MOST_ROWS, check_operands, columns, row_linear
 from skipstone.kernels.launch import FIRST_TO_OVERLAP, Launch
-from skipstone.kernels.overlap import begin_early, fetch_ahead, wait_for_kernels
+from skipstone.kernels.overlap import begin_early, wait_for_kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = 80
@@ -28,8 +28,6 @@ DEEPEST = 8192
 """Elements of a row that a program multiplies at a time."""
 WIDEST = 2**31
 """Elements of a weight: within it, offsets have 32 bits."""
-AHEAD = 32 * 2**20
-"""Most bytes that are asked for ahead: what is read next should still be in the L2 cache then."""
 
 
 def tile_of(rows: int, total: int, width: int, processors: int) -> tuple[int, int, int]:
@@ -52,7 +50,6 @@ def row_launch(
     biases: Sequence[Tensor | None],
     gain: Tensor | None,
     residual: Tensor | None,
-    ahead: Sequence[Tensor],
     out: Tensor,
     eps: float | None,
     offset: float,
@@ -64,7 +61,7 @@ def row_launch(
     """The launch that writes the result to `out`.
 
     Args:
-        x, weights, biases, gain, residual, ahead: operands that fit each other.
+        x, weights, biases, gain, residual: operands that fit each other.
         out: [..., F], contiguous and not empty.
         eps, offset, activation, is_gated: see `skipstone.ir.row_linear.row_linear`.
         arch: of the device, such as 90; 0 for Triton's interpreter.
@@ -90,26 +87,17 @@ def row_launch(
         (sum(triton.cdiv(part, block) for part in parts),),
         {
             "x": x.contiguous(), "weights": tuple(weights), "biases": tuple(biases), "gain": gain,
-            "residual": None if residual is None else residual.contiguous(), "ahead": tuple(ahead), "out": out,
+            "residual": None if residual is None else residual.contiguous(), "out": out,
             "eps": 0.0 if eps is None else eps, "offset": offset,
         },
         {
             "PARTS": tuple(parts), "STRIDES": tuple(weight.stride(0) for weight in weights), "WIDTH": width,
             "ROWS": rows, "BLOCK_N": block, "BLOCK_K": depth, "NORM": eps is not None, "ACTIVATION": activation,
-            "GATED": is_gated, "AHEAD": _bytes_ahead(ahead), "LANES": 32 * warps, "OVERLAP": arch >= FIRST_TO_OVERLAP,
+            "GATED": is_gated, "OVERLAP": arch >= FIRST_TO_OVERLAP,
         },
         warps,
         overlaps=arch >= FIRST_TO_OVERLAP,
     )  # fmt: skip
-
-
-def _bytes_ahead(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """How much of each tensor is asked for."""
-    left, counts = AHEAD, []
-    for tensor in tensors:
-        counts.append(min(left, tensor.nbytes))
-        left -= counts[-1]
-    return tuple(counts)
 
 
 @row_linear.register_kernel("cuda")
@@ -117,22 +105,21 @@ def _(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    gain: Tensor | None,
-    residual: Tensor | None,
-    ahead: Sequence[Tensor],
+    gain: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     eps: float | None = None,
     offset: float = 0.0,
     activation: str = "none",
     is_gated: bool = False,
 ) -> Tensor:
-    check_operands(x, weights, biases, gain, residual, ahead, activation, is_gated)
+    check_operands(x, weights, biases, gain, residual, activation, is_gated)
     properties = torch.cuda.get_device_properties(x.device)
     out = x.new_empty(*x.shape[:-1], columns(weights, is_gated))
     if out.numel():
         arch = properties.major * 10 + properties.minor
         row_launch(
-            x, weights, biases, gain, residual, ahead, out, eps, offset, activation, is_gated, arch,
+            x, weights, biases, gain, residual, out, eps, offset, activation, is_gated, arch,
             properties.multi_processor_count,
         )()  # fmt: skip
     return out
@@ -140,24 +127,22 @@ def _(
 
 @triton.jit
 def multiply_few_rows(
-    x, weights, biases, gain, residual, ahead, out, eps, offset,
+    x, weights, biases, gain, residual, out, eps, offset,
     PARTS: tl.constexpr, STRIDES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    AHEAD: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of the result [ROWS, sum of PARTS] of x [ROWS, WIDTH] and weights [PARTS[i], WIDTH].
 
-    With OVERLAP, weights, biases and the gain are read before the kernels that were launched before are done, and so
-    many bytes of each tensor `ahead` as AHEAD says are asked for.
+    With OVERLAP, weights, biases and the gain are read before the kernels that were launched before are done.
     """
     begin_early(OVERLAP)
     number = tl.program_id(0)
     total: tl.constexpr = _sum(PARTS)
     if GATED:
         _multiply(
-            x, weights[0], biases[0], weights[1], biases[1], gain, residual, ahead, out, eps, offset, number, 0,
-            PARTS[0], total, STRIDES[0], STRIDES[1], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED,
-            AHEAD, LANES, OVERLAP,
+            x, weights[0], biases[0], weights[1], biases[1], gain, residual, out, eps, offset, number, 0,
+            PARTS[0], total, STRIDES[0], STRIDES[1], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
         )  # fmt: skip
     else:
         # Which weight it is follows from the number of the program; each has code of its own.
@@ -165,9 +150,9 @@ def multiply_few_rows(
             first = _blocks(PARTS, part, BLOCK_N)
             if (number >= first) & (number < _blocks(PARTS, part + 1, BLOCK_N)):
                 _multiply(
-                    x, weights[part], biases[part], None, None, gain, residual, ahead, out, eps, offset,
+                    x, weights[part], biases[part], None, None, gain, residual, out, eps, offset,
                     number - first, _sum(PARTS, part), PARTS[part], total, STRIDES[part], 0, WIDTH, ROWS, BLOCK_N,
-                    BLOCK_K, NORM, ACTIVATION, GATED, AHEAD, LANES, OVERLAP,
+                    BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
                 )  # fmt: skip
 
 
@@ -183,10 +168,10 @@ def _blocks(parts, count, block):
 
 @triton.jit
 def _multiply(
-    x, weight, bias, other, other_bias, gain, residual, ahead, out, eps, offset, block, before,
+    x, weight, bias, other, other_bias, gain, residual, out, eps, offset, block, before,
     COLUMNS: tl.constexpr, TOTAL: tl.constexpr, STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of one weight, whose results stand behind `before` others."""
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -199,8 +184,6 @@ def _multiply(
         other_tile = tl.load(other + column[:, None] * OTHER_STRIDE + depth[None, :], inside, 0.0)
         other_shift = _vector(other_bias, column, present)
     factor = _factor(gain, offset, depth, WIDTH, NORM)
-    for each in tl.static_range(len(AHEAD)):
-        fetch_ahead(ahead[each], tl.program_id(0), tl.num_programs(0), AHEAD[each], LANES, OVERLAP)
     wait_for_kernels(OVERLAP)
     first = tl.zeros((BLOCK_N,), tl.float32)
     sums, other_sums = (), ()

@@ -74,7 +74,6 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu", strided: bool 
         "biases": [random(part) if case.bias else None for part in case.parts],
         "gain": random(case.width) if case.norm and case.gain else None,
         "residual": random(*case.rows, total) if case.residual else None,
-        "ahead": [],
         "eps": 1e-2 if case.norm else None,
         "offset": case.offset,
         "activation": case.activation,

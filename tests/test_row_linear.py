@@ -37,7 +37,7 @@ def test_operator(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["odd", "heads of rows", "gated rows"])
 def test_operator_is_registered_well(name: str) -> None:
     given = row_linear_cases.operands(CASES[name], torch.float32)
-    positional = [given.pop(key) for key in ("x", "weights", "biases", "gain", "residual", "ahead")]
+    positional = [given.pop(key) for key in ("x", "weights", "biases", "gain", "residual")]
     torch.library.opcheck(torch.ops.skipstone.row_linear.default, tuple(positional), given)
 
 
@@ -52,7 +52,6 @@ def test_operator_is_registered_well(name: str) -> None:
         ({"gain": torch.ones(47)}, r"A gain \(47,\)"),
         ({"residual": torch.ones(1, 1, 41)}, r"Rows \(1, 1, 41\) cannot be added"),
         ({"gain": torch.ones(48, dtype=torch.float64)}, "operands of other dtypes or devices"),
-        ({"ahead": [torch.ones(4, 4).t()[:2]]}, "not in one piece"),
     ],
     ids=str,
 )
@@ -66,7 +65,7 @@ def test_in_the_interpreter() -> None:
     run_interpreted("interpreted_row_linear.py")
 
 
-def launch_of(case: Case, dtype: torch.dtype, arch: int, *ahead: tuple[int, ...]) -> Any:
+def launch_of(case: Case, dtype: torch.dtype, arch: int) -> Any:
     """The launch of a case on tensors without data, for a device with as many processors as an H100."""
     pytest.importorskip("triton", reason="needs the extra `triton`")
     from skipstone.kernels.row_linear import row_launch
@@ -79,7 +78,6 @@ def launch_of(case: Case, dtype: torch.dtype, arch: int, *ahead: tuple[int, ...]
             [torch.empty(part, dtype=dtype) if case.bias else None for part in case.parts],
             torch.empty(case.width, dtype=dtype) if case.norm and case.gain else None,
             torch.empty(*case.rows, total, dtype=dtype) if case.residual else None,
-            [torch.empty(*shape, dtype=dtype) for shape in ahead],
             torch.empty(*case.rows, total, dtype=dtype),
             1e-6 if case.norm else None, case.offset, case.activation, case.is_gated, arch, 132,
         )  # fmt: skip
@@ -120,22 +118,3 @@ def test_weights_are_read_before_the_kernels_before_are_done(name: str) -> None:
         each = block * depth // threads // 8 * (2 if case.is_gated else 1)
         assert sum(load.endswith(".v4.b32") for load in loads) >= each, loads
     assert "griddepcontrol" not in compile_launch(launch_of(case, torch.bfloat16, 80), "sm_80").asm["ptx"]
-
-
-def test_what_is_read_next_is_asked_for_before_the_wait() -> None:
-    """32 MiB of it at most, on sm_90."""
-    shapes = (14336, 4096), (4096, 14336), (64, 8), (4096, 14336)
-    launch = launch_of(LLAMA["output"], torch.bfloat16, 90, *shapes[:1])
-    from skipstone.kernels.compile import compile_launch, usage
-    from skipstone.kernels.row_linear import AHEAD
-
-    assert launch.constants["AHEAD"] == (AHEAD,)
-    assert launch_of(LLAMA["output"], torch.bfloat16, 90, *shapes).constants["AHEAD"] == (AHEAD, 0, 0, 0)
-    small = launch_of(LLAMA["output"], torch.bfloat16, 90, (64, 8), (4096, 14336))
-    assert small.constants["AHEAD"] == (1024, AHEAD - 1024)
-    ptx = compile_launch(launch, "sm_90").asm["ptx"]
-    assert "cp.async.bulk.prefetch.L2" in ptx.split("griddepcontrol.wait")[0]
-    assert usage(launch, "sm_90").spilled == 0
-    for arch, ahead in ((80, shapes[:1]), (90, ())):
-        compiled = compile_launch(launch_of(LLAMA["output"], torch.bfloat16, arch, *ahead), f"sm_{arch}")
-        assert "prefetch" not in compiled.asm["ptx"]

@@ -52,7 +52,7 @@ def test_products_that_begin_early_wait_for_what_they_read(is_captured: bool) ->
 
     def chain(x: Tensor) -> Tensor:
         for weight in weights:
-            x = row_linear(x, [weight], [None], None, x, weights, eps=1e-6)
+            x = row_linear(x, [weight], [None], None, x, eps=1e-6)
         return x
 
     chain(start)  # compiles
@@ -80,4 +80,4 @@ def test_runs_are_the_same_bit_for_bit() -> None:
 
 def test_many_rows_are_refused() -> None:
     with pytest.raises(Unsupported, match="9 rows"):
-        row_linear(torch.randn(9, 16, device="cuda"), [torch.randn(8, 16, device="cuda")], [None], None, None, [])
+        row_linear(torch.randn(9, 16, device="cuda"), [torch.randn(8, 16, device="cuda")], [None])

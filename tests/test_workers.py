@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from benchmarks.harness import Row
-from benchmarks.workers import System, workers
+from benchmarks.workers import Crew, System
 
 FACT = Row("error", 0.5, None, 1.5, 9, at_most=True)
 
@@ -30,10 +30,10 @@ def failing() -> System:
 
 
 def test_systems_are_in_processes_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
-    with workers() as ready:
-        first = ready({"one": partial(counting, 1.0), "none": failing})
+    with Crew() as crew:
+        first = crew.ready({"one": partial(counting, 1.0), "none": failing})
         assert list(first) == ["one"] and (first["one"].size, list(first["one"].facts)) == (7.0, [FACT])
-        second = ready({"none": failing, "two": partial(counting, 2.0), "one": partial(counting, 9.0)})
+        second = crew.ready({"none": failing, "two": partial(counting, 2.0), "one": partial(counting, 9.0)})
         assert second["one"] is first["one"] and set(second) == {"one", "two"}
         ((key, turn),), ((_, other),) = (second[name].turns().items() for name in ("one", "two"))
         assert key == ("x", 1)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import has_side_effect
 
@@ -38,6 +37,7 @@ from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.quantized import quantized_cached_attention_
 from skipstone.runtime.triton.experts import gathered_experts
+from skipstone.runtime.triton.rows import gather_products, linear
 
 aten = torch.ops.aten
 
@@ -66,11 +66,12 @@ def decode_graph(program: Program) -> fx.Graph:
     """The graph of a lowered program for steps of a single token: it never waits for the device."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
+    gather_products(graph)
     for node in graph.nodes:
         if node.target is EXPERTS:
             node.target = gathered_experts
         elif node.target is aten.linear.default:
-            node.target = _linear
+            node.target = linear
         elif node.target is aten.matmul.default:
             node.target = _matmul
     return graph
@@ -84,7 +85,8 @@ def check_kernels(program: Program) -> None:
     """
     # Not at the top: a CPU build of torch brings no Triton. The imports register the kernels with the operators.
     import skipstone.kernels.predicated_linear
-    import skipstone.kernels.quantized_cached_attention  # noqa: F401
+    import skipstone.kernels.quantized_cached_attention
+    import skipstone.kernels.row_linear  # noqa: F401
     from skipstone.kernels.call import Call
 
     fields = Call.__dataclass_fields__.keys()
@@ -98,18 +100,8 @@ def check_kernels(program: Program) -> None:
             raise Unsupported(reason.feature, where=module_path(node), hint=reason.hint) from reason
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer. Of a single row it is a sum, which Inductor fuses with what stands around it into one kernel."""
-    if x.shape[:-1].numel() == 1:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        result = (x.reshape(-1).to(exact) * weight.to(exact)).sum(dim=-1)
-        result = result if bias is None else result + bias.to(exact)
-        return result.to(x.dtype).reshape(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
-
-
 def _matmul(x: Tensor, factor: Tensor) -> Tensor:
-    """A product; of a stack of single rows and one of matrices, [N, 1, D] and [N, D, F], a sum like `_linear`."""
+    """A product; of a stack of single rows and one of matrices, [N, 1, D] and [N, D, F], a sum like `linear`."""
     if x.dim() == factor.dim() == 3 and x.shape[1] == 1:
         exact = torch.promote_types(x.dtype, torch.float32)
         return (x.to(exact) * factor.mT.to(exact)).sum(dim=-1).to(x.dtype).unsqueeze(1)

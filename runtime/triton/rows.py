@@ -1,4 +1,7 @@
-"""Linear layers of a decode step, with the norm before them and what is made of their results, as one operator each."""
+"""Linear layers of a decode step, with the norm before them and what is made of their results, as one operator each.
+
+That is for steps of a single row. More rows are matrix products, and stay apart.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from skipstone.ir.norms import RMSNorm, rms_norm, target_of, uncast
-from skipstone.ir.row_linear import ACTIVATIONS, MOST_ROWS, ROW_LINEAR
+from skipstone.ir.row_linear import ACTIVATIONS, ROW_LINEAR
 
 aten = torch.ops.aten
 
-TWIN = torch.ops.skipstone.quantized_cached_attention_.default
-AHEAD = 5
-"""Which argument of `multiply` is named so."""
+ROWS = 1
+"""Most rows for which `row_linear` is used, where it has a kernel: for more it was not measured."""
 
 
 @dataclass
@@ -77,7 +79,6 @@ def gather_products(graph: fx.Graph) -> None:
         if alone:
             _replace(graph, siblings, alone)
     graph.eliminate_dead_code()
-    _look_ahead(graph)
 
 
 def multiply(
@@ -86,43 +87,35 @@ def multiply(
     biases: Sequence[Tensor | None],
     gain: Tensor | None,
     residual: Tensor | None,
-    ahead: Sequence[Tensor],
     eps: float | None,
     offset: float,
     activation: str,
     is_gated: bool,
 ) -> tuple[Tensor, ...]:
     """`skipstone.ir.row_linear.row_linear`, by its kernel where there is one, apart for each weight unless gated."""
-    if x.is_cuda and x.shape[:-1].numel() <= MOST_ROWS:
+    if x.is_cuda and x.shape[:-1].numel() <= ROWS:
         options = {"eps": eps, "offset": offset, "activation": activation, "is_gated": is_gated}
-        result = ROW_LINEAR(x, list(weights), list(biases), gain, residual, list(ahead), **options)
+        result = ROW_LINEAR(x, list(weights), list(biases), gain, residual, **options)
         return result.split([result.shape[-1]] if is_gated else [weight.shape[0] for weight in weights], dim=-1)
     exact = torch.promote_types(x.dtype, torch.float32)
     if eps is not None:
         rows = x.to(exact)
         rows = rows * (rows.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
         x = (rows if gain is None else rows * (gain.to(exact) + offset)).to(x.dtype)
-    results = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    results = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     act = ACTIVATIONS[activation]
     results = [act(results[0]) * results[1]] if is_gated else [act(each) for each in results]
     return tuple(each if residual is None else each + residual for each in results)
 
 
-def _look_ahead(graph: fx.Graph) -> None:
-    """Let the first product behind each attention ask for the weights of those behind it, up to the next attention.
-
-    While a step attends to its keys, which are few, the memory has little to do.
-    """
-    first: fx.Node | None = None
-    is_behind = False
-    for node in graph.nodes:
-        if node.target is TWIN:
-            first, is_behind = None, True
-        elif node.target is multiply:
-            if first is not None:
-                first.update_arg(AHEAD, [*first.args[AHEAD], *node.args[1]])  # type: ignore[misc]
-            elif is_behind:
-                first, is_behind = node, False
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer. Of a single row it is a sum, which Inductor fuses with what stands around it into one kernel."""
+    if x.shape[:-1].numel() == 1:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        result = (x.reshape(-1).to(exact) * weight.to(exact)).sum(dim=-1)
+        result = result if bias is None else result + bias.to(exact)
+        return result.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
 
 
 def _has_constants(linear: fx.Node) -> bool:
@@ -162,7 +155,8 @@ def _products(layers: Sequence[fx.Node]) -> list[Product]:
     products += [Product([layer], *_activated(layer)) for layer in left]
     for each in products:
         total = _only_user(each.result)
-        if total is not None and target_of(total) is aten.add.Tensor and not total.kwargs:
+        is_free = total is not None and all(total is not other.result for other in products)
+        if total is not None and is_free and target_of(total) is aten.add.Tensor and not total.kwargs:
             residual = next((term for term in total.args if term is not each.result), None)
             if isinstance(residual, fx.Node) and _shape(residual) == _shape(total) and _fits(residual, total):
                 each.result, each.residual = total, residual
@@ -177,7 +171,7 @@ def _replace(graph: fx.Graph, siblings: Siblings, products: Sequence[Product]) -
     gain, offset = (None, 0.0) if siblings.norm is None else _gain(siblings.norm) or (None, 0.0)
     eps, one = None if siblings.norm is None else siblings.norm.eps, products[0]
     with graph.inserting_before(min((each.result for each in products), key=list(graph.nodes).index)):
-        args: Any = (siblings.x, weights, biases, gain, one.residual, [], eps, offset, one.activation, one.is_gated)
+        args: Any = (siblings.x, weights, biases, gain, one.residual, eps, offset, one.activation, one.is_gated)
         call = graph.call_function(multiply, args)
         for place, each in enumerate(products):
             result = graph.call_function(operator.getitem, (call, place))
@@ -195,10 +189,14 @@ def _activated(layer: fx.Node) -> tuple[fx.Node, str]:
         return user, "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
     if target is aten.relu.default:
         square = _only_user(user)
-        if square is not None and target_of(square) is aten.pow.Tensor_Scalar and square.args[1] == 2:
+        if square is not None and (target_of(square) is aten.square.default or _is_power(square, 2)):
             return square, "relu_squared"
         return user, "relu"
     return (user, "silu") if target is aten.silu.default else (layer, "none")
+
+
+def _is_power(node: fx.Node, exponent: int) -> bool:
+    return target_of(node) is aten.pow.Tensor_Scalar and node.args[1:] == (exponent,)
 
 
 def _hoist_constants(graph: fx.Graph) -> None:

@@ -1,0 +1,184 @@
+"""Linear layers of decode steps: which become one operator with what stands around them, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from skipstone.ir.capture.module import capture_module
+from skipstone.ir.norms import rms_norm
+from skipstone.ir.program import Program
+from skipstone.runtime.triton import rows
+from skipstone.runtime.triton.lower import decode_graph, lower
+from skipstone.runtime.triton.rows import linear, multiply
+from tests.test_triton_target import rewritten
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def calls(graph: fx.Graph) -> list[dict[str, Any]]:
+    """What each operator of a graph takes in."""
+    names = ("x", "weights", "biases", "gain", "residual", "eps", "offset", "activation", "is_gated")
+    return [dict(zip(names, node.args, strict=True)) for node in graph.nodes if node.target is multiply]
+
+
+def summary(call: dict[str, Any]) -> str:
+    """Such as "norm 2 silu gated residual"."""
+    parts = ["norm"] * (call["eps"] is not None) + [str(len(call["weights"]))]
+    parts += [call["activation"]] * (call["activation"] != "none") + ["gated"] * call["is_gated"]
+    return " ".join([*parts, *["residual"] * (call["residual"] is not None)])
+
+
+FOUND = {
+    "llama": {"norm 3": 3, "1 residual": 6, "norm 2 silu gated": 3, "1": 1},
+    "gemma2": {"norm 3": 3, "1": 7, "norm 2 gelu_tanh gated": 3},  # what is added is a norm's result
+    # LayerNorm; one layer of queries, keys and values; attention and FFN are summed first, and then added to the stream
+    "gpt_neox": {"1": 7, "1 gelu": 3, "1 residual": 3},
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_layers_take_in_what_stands_around_them(name: str) -> None:
+    graph = decode_graph(lower(rewritten(name)))
+    assert Counter(map(summary, calls(graph))) == FOUND[name]
+    assert not any(node.target in (linear, torch.ops.aten.linear.default) for node in graph.nodes)
+    graph.lint()
+
+
+def test_gains_that_are_more_by_a_number() -> None:
+    found = calls(decode_graph(lower(rewritten("gemma2"))))
+    assert {call["offset"] for call in found if call["eps"] is not None} == {1.0}
+
+
+class Small(nn.Module):
+    """Layers of one value, and what `forward` makes of them."""
+
+    def __init__(self, forward: Callable[[Small, Tensor], Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16, dtype=dtype) for _ in range(3))
+        self.gain = nn.Parameter(torch.rand(16, dtype=dtype) + 0.5)
+        self.body = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """As models write it."""
+        wide = x.float()
+        return self.gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def captured(forward: Callable[[Small, Tensor], Tensor], dtype: torch.dtype = torch.float32) -> Program:
+    torch.manual_seed(0)
+    return capture_module(Small(forward, dtype).eval(), {"x": torch.randn(2, 3, 16, dtype=dtype)})
+
+
+FORMS: dict[str, tuple[Callable[[Small, Tensor], Tensor], dict[str, int]]] = {
+    "sum": (lambda m, x: x + m.a(x), {"1 residual": 1}),
+    "other order": (lambda m, x: m.a(x) + x, {"1 residual": 1}),
+    "read twice": (lambda m, x: (y := m.a(x)) * y.sigmoid() + m.b(x), {"1": 1, "1 residual": 1}),
+    "scaled sum": (lambda m, x: torch.add(x, m.a(x), alpha=2), {"1": 1}),
+    "broadcast sum": (lambda m, x: m.a(x) + m.gain, {"1": 1}),
+    "two sums": (lambda m, x: m.a(x) + m.b(x) + x, {"1": 1, "1 residual": 1}),
+    "gate": (lambda m, x: F.silu(m.a(x)) * m.b(x) + x, {"2 silu gated residual": 1}),
+    "gate behind": (lambda m, x: m.b(x) * F.relu(m.a(x)), {"2 relu gated": 1}),
+    "gate of another value": (lambda m, x: F.silu(m.a(x)) * m.b(x + 1), {"1 silu": 1, "1": 1}),
+    "gate of itself": (lambda m, x: F.silu(y := m.a(x)) * y, {"1": 1}),
+    "gate read twice": (lambda m, x: (F.gelu(m.a(x)) * (y := m.b(x))) + y, {"1 gelu": 1, "1": 1}),
+    "squares": (lambda m, x: m.b(F.relu(m.a(x)).square()), {"1 relu_squared": 1, "1": 1}),
+    "norm": (lambda m, x: torch.cat([m.a(y := m.norm(x)), m.b(y), m.c(x)], -1), {"norm 2": 1, "1": 1}),
+    "norm read elsewhere": (lambda m, x: m.a(y := m.norm(x)) * y, {"norm 1": 1}),
+    "norm without a gain": (
+        lambda m, x: m.a(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), {"norm 1": 1},
+    ),
+    "operator": (lambda m, x: m.a(F.rms_norm(x, (16,), m.gain, 1e-6)), {"norm 1": 1}),
+    "gain of the moment": (
+        lambda m, x: m.a(F.rms_norm(x, (16,), None, 1e-6) * x.mean((0, 1))), {"1": 1},
+    ),
+    "other norms": (
+        lambda m, x: m.a(x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6))
+        + m.b(x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)),
+        {"1 residual": 1, "1": 1},
+    ),
+    "a chain": (lambda m, x: (y := x + m.a(m.norm(x))) + m.b(m.norm(y)), {"norm 1 residual": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(name: str) -> None:
+    forward, found = FORMS[name]
+    program = captured(forward)
+    graph = decode_graph(program)
+    assert Counter(map(summary, calls(graph))) == found
+    x = torch.randn(2, 1, 16)
+    (wanted,) = program.run(**{program.inputs[0].name: x}).values()
+    (given,) = fx.Interpreter(fx.GraphModule(program.tensors(), graph)).run(x)
+    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_in_half_precision_are_taken_in() -> None:
+    program = captured(lambda m, x: x + m.a(m.norm(x)), torch.bfloat16)
+    graph = decode_graph(program)
+    assert [summary(call) for call in calls(graph)] == ["norm 1 residual"]
+    x = torch.randn(1, 1, 16, dtype=torch.bfloat16)
+    (wanted,) = program.run(**{program.inputs[0].name: x}).values()
+    (given,) = fx.Interpreter(fx.GraphModule(program.tensors(), graph)).run(x)
+    torch.testing.assert_close(given, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_norms_that_change_the_dtype_stay_apart() -> None:
+    def forward(m: Small, x: Tensor) -> Tensor:
+        return m.a(F.rms_norm(x.double(), (16,), m.gain.double(), 1e-6).float())
+
+    program = captured(forward)
+    (call,) = calls(decode_graph(program))
+    assert summary(call) in ("1", "norm 1")
+    if call["eps"] is not None:
+        assert call["x"].meta["val"].dtype == torch.float32
+
+
+def test_the_operator_computes_what_the_plain_form_does() -> None:
+    """What runs on a GPU, with the operator's reference in the place of its kernel."""
+    program = rewritten("llama")
+    lowered = lower(program)
+    graph = decode_graph(lowered)
+    taken = []
+
+    def by_operator(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        weights, biases, gain, residual, eps, offset, activation, is_gated = args
+        taken.append(len(weights))
+        options = {"eps": eps, "offset": offset, "activation": activation, "is_gated": is_gated}
+        result = rows.ROW_LINEAR(x, weights, biases, gain, residual, **options)
+        return result.split([result.shape[-1]] if is_gated else [weight.shape[0] for weight in weights], dim=-1)
+
+    generator = torch.Generator().manual_seed(0)
+    known = {"start": torch.tensor([5, 7]), "position_ids": torch.tensor([[5], [7]])}
+    inputs = []
+    for port, node in zip(lowered.inputs, graph.find_nodes(op="placeholder"), strict=True):
+        value = node.meta["val"]
+        if value.ndim == 4:
+            inputs.append(torch.randn(2, value.shape[1], 16, value.shape[3], generator=generator))
+        else:
+            inputs.append(known.get(port.name, torch.zeros(2, 1, dtype=torch.int64)))
+    results = []
+    for replacement in (multiply, by_operator):
+        for node in graph.nodes:
+            if node.target in (multiply, by_operator):
+                node.target = replacement
+        module = fx.GraphModule(lowered.tensors(), graph)
+        results.append(module(*(value.clone() for value in inputs))[0])
+    assert len(taken) == 13
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_an_rms_norm() -> None:
+    program = captured(lambda m, x: m.a(m.norm(x)))
+    found = [norm for node in program.nodes() if (norm := rms_norm(node)) is not None and norm.gain is not None]
+    assert len(found) == 1 and found[0].eps == 1e-6 and found[0].gain is not None
+    assert found[0].gain.op == "get_attr" and found[0].x.op == "placeholder"
