@@ -32,7 +32,9 @@ def write_rows(cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
     return cache.scatter(2, index.expand(*rows.shape), rows.to(cache.dtype))
 
 
-def write_cache_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, *, slot: int = -1):  # type: ignore[no-untyped-def]
+def write_cache_reference(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
     """`write_cache` in plain PyTorch operators."""
     return write_rows(k_cache, k, start), write_rows(v_cache, v, start)
 
@@ -48,7 +50,7 @@ def write_cache(
     Returns:
         both caches after the write.
     """
-    return write_cache_reference(k, v, k_cache, v_cache, start)  # type: ignore[no-any-return]
+    return write_cache_reference(k, v, k_cache, v_cache, start)
 
 
 @write_cache.register_fake

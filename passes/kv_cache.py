@@ -27,6 +27,10 @@ from skipstone.passes.base import Pass, Remark
 aten = torch.ops.aten
 
 
+_SHARING = frozenset(["layer_parallel", "fuse_parallel"])
+"""Passes that give several attentions one number."""
+
+
 @dataclass(frozen=True)
 class InsertKVCache(Pass):
     """Turn each `attention` into a `cached_attention` with a slot, numbered densely in graph order.
@@ -64,6 +68,8 @@ class InsertKVCache(Pass):
         remarks = []
         for node in list(program.nodes(ATTENTION, KEEP)):
             number = node.kwargs["slot"]
+            if number in held and _SHARING.isdisjoint(node.meta.get("made_by", ())):
+                raise InternalError(f"{node.name} has the number of another attention, {number}")
             if number not in held:
                 held[number] = _buffers(program, len(held), node)
                 remarks.append(self.applied(f"slot {len(held) - 1}", module_path(node)))

@@ -23,13 +23,14 @@ from skipstone.errors import InvalidPlan, Unsupported
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.cost import cost, evaluate, kv_bytes_per_token
-from skipstone.ir.dialect import CACHED_ATTENTION, KEEP, WRITE_CACHE
-from skipstone.ir.errors import Malformed
+from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, KEEP, WRITE_CACHE
+from skipstone.ir.errors import InternalError, Malformed
 from skipstone.ir.program import Program, Role, module_path
 from skipstone.ir.sequence import prove_cacheable
 from skipstone.ir.verify import verify
 from skipstone.optimize import rewrite
 from skipstone.passes.base import Status, run_pass
+from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.onnx.session import OnnxSession
@@ -436,3 +437,11 @@ def test_keys_that_are_no_rows_are_found() -> None:
     keep.args = (keep.args[0], flipped, keep.args[2])
     with pytest.raises(Unsupported, match="something other than the sequence stay in the cache"):
         prove_cacheable(found)
+
+
+def test_attentions_of_the_model_never_share() -> None:
+    found = captured().copy()
+    first, second, *_ = found.nodes(ATTENTION)
+    second.kwargs = {**second.kwargs, "slot": first.kwargs["slot"]}
+    with pytest.raises(InternalError, match=f"{second.name} has the number of another attention, 0"):
+        run_pass(InsertKVCache(), found)
