@@ -19,8 +19,6 @@ from skipstone.ir.program import Program
 
 aten = torch.ops.aten
 
-_SDPA = aten.scaled_dot_product_attention.default
-
 
 def kept(program: Program) -> set[int]:
     """The numbers of the values that the program computes and its frame keeps."""
@@ -78,9 +76,7 @@ def lower(frame: Frame, program: Program) -> tuple[fx.GraphModule, list[Tensor]]
     inputs = {node.name: _input(graph, node) for node in frame.module.graph.find_nodes(op="placeholder")}
     owned = {name: inputs[placeholder] for placeholder, name in frame.owned.items()}
     further = [name for name in program.tensors() if name not in owned]
-    tensors = [program.tensor(name) for name in further]
-    for name, tensor in zip(further, tensors, strict=True):
-        owned[name] = _further_input(graph, name, tensor, program)
+    owned |= {name: _further_input(graph, name) for name in further}
     environment: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -108,7 +104,7 @@ def lower(frame: Frame, program: Program) -> tuple[fx.GraphModule, list[Tensor]]
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(frame.module, name):
             setattr(module, name, getattr(frame.module, name))
-    return module, tensors
+    return module, [program.tensor(name) for name in further]
 
 
 def _input(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -117,12 +113,9 @@ def _input(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return copy
 
 
-def _further_input(graph: fx.Graph, name: str, tensor: Tensor, program: Program) -> fx.Node:
-    """An input that no variable of the frame stands for, always the same tensor at the same place."""
+def _further_input(graph: fx.Graph, name: str) -> fx.Node:
+    """An input that no variable of the frame stands for: always the same tensor, which CUDA graphs need not copy."""
     node = graph.placeholder(name)
-    mode = next(value.fake_mode for each in program.graph.nodes if hasattr(value := each.meta.get("val"), "fake_mode"))
-    # The mode remembers it, so that its sizes stay numbers wherever it is made fake again.
-    node.meta["example_value"] = mode.from_tensor(tensor, static_shapes=True)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node._dynamo_source = None  # type: ignore[attr-defined]
     return node
@@ -134,17 +127,23 @@ def _call(graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, fx.Node]) -
     if node.target is GATE:
         copy.target = _gate
     elif node.target is ATTENTION:
-        q, k, v, mask, bias, *rest = (*copy.args, None, None)[: max(5, len(copy.args))]
-        kind, scale = node.kwargs["kind"], node.kwargs["scale"]
-        whole = kind == Kind.CAUSAL and (mask is not None or bias is not None)
-        if any(each is not None for each in rest) or node.kwargs.get("softcap") or (mask and bias) or whole:
-            copy.target = attention_reference
-            return copy
-        grouped = node.args[0].meta["val"].shape[1] != node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
-        copy.target = _SDPA
-        copy.args = (q, k, v, bias if mask is None else mask, 0.0, kind == Kind.CAUSAL)
-        copy.kwargs = {"scale": scale, "enable_gqa": grouped}
+        _lower_attention(copy, node)
     return copy
+
+
+def _lower_attention(copy: fx.Node, node: fx.Node) -> None:
+    """PyTorch's own attention where it has this one, as it has all that it was before; else plain operators."""
+    q, k, v, mask, bias, *constants = (*copy.args, *[None] * (5 - len(copy.args)))
+    is_causal = node.kwargs["kind"] == Kind.CAUSAL
+    masks = (mask is not None) + (bias is not None) + is_causal
+    if masks > 1 or node.kwargs.get("softcap") or any(each is not None for each in constants):
+        copy.target = attention_reference
+        return
+    operands: Any = node.args
+    heads, kv_heads = (each.meta["val"].shape[1] for each in operands[:2])
+    copy.target = aten.scaled_dot_product_attention.default
+    copy.args = (q, k, v, bias if mask is None else mask, 0.0, is_causal)
+    copy.kwargs = {"scale": node.kwargs["scale"], "enable_gqa": heads != kv_heads}
 
 
 def _gate(x: Tensor, skip: Tensor) -> Tensor:

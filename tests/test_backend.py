@@ -66,7 +66,9 @@ def test_a_prompt_and_steps_with_a_cache(llama: PreTrainedModel, plan: Plan, cha
 def test_static_caches_stay_where_they_are(llama: PreTrainedModel) -> None:
     fast, _ = compiled(llama, Plan([SkipSublayers(attention=(1,))]))
     cache = StaticCache(llama.config, max_cache_len=16)
+    lengths = [layer.cumulative_length.data_ptr() for layer in cache.layers]
     fast(input_ids=tokens(2, 3), past_key_values=cache)
+    assert [layer.cumulative_length.data_ptr() for layer in cache.layers] == lengths
     places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
     fast(input_ids=tokens(2, 1), past_key_values=cache)
     assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == places
@@ -133,6 +135,15 @@ def test_other_architectures(name: str) -> None:
     model = tiny_model(name)
     fast, _ = compiled(model, Plan([SkipSublayers(attention=(1,), ffn=(2,))]))
     compare_steps(fast, without(model, (1,), (2,)), lambda: DynamicCache(config=model.config))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_layers_in_parallel_whose_caches_have_a_window() -> None:
+    """A cache keeps a part of what it returns; that part is taken behind layers that moved."""
+    model = tiny_model("qwen3:sliding")
+    fast, _ = compiled(model, Plan([LayerParallel((Segment(1, 4),))]))
+    compare_steps(fast, side_by_side(model, 1, 4), lambda: DynamicCache(config=model.config))
 
 
 @pytest.mark.slow

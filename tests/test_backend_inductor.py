@@ -58,7 +58,9 @@ def test_layers_in_parallel_over_stacks() -> None:
     fast, _ = compiled(model, Plan([LayerParallel((Segment(0, 2),)), FuseParallel()]), dynamic=True)
     for batch in (2, 5):
         x = torch.randn(batch, 3, 8)
-        close(fast(x), model.blocks[2](model.blocks[0](x) + model.blocks[1](x) - x))
+        out, code = run_and_get_code(lambda x=x: fast(x))
+        close(out, model.blocks[2](model.blocks[0](x) + model.blocks[1](x) - x))
+        assert batch != 2 or "(24, 8), (8, 1)" in "".join(code)  # the rises of two blocks
 
 
 @torch.no_grad()

@@ -206,6 +206,16 @@ def test_a_layer_that_is_called_by_what_cannot_be_traced_is_refused() -> None:
     assert "only a part of the model" in refusal(Unsupported, call, x(), options={"plan": SKIP})
 
 
+def test_a_graph_break_behind_all_layers_is_refused() -> None:
+    class Broken(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return x
+
+    assert "only a part of the model" in refusal(Unsupported, Broken(), x(), options={"plan": SKIP})
+
+
 class Attention(nn.Module):
     """An attention whose weights are scaled behind the softmax."""
 
