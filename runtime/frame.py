@@ -133,7 +133,8 @@ def _call(graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, fx.Node]) -
 
 def _lower_attention(copy: fx.Node, node: fx.Node) -> None:
     """PyTorch's own attention where it has this one, as it has all that it was before; else plain operators."""
-    q, k, v, mask, bias, *constants = (*copy.args, *[None] * (5 - len(copy.args)))
+    arguments: list[Any] = [*copy.args, *[None] * (5 - len(copy.args))]
+    q, k, v, mask, bias, *constants = arguments
     is_causal = node.kwargs["kind"] == Kind.CAUSAL
     masks = (mask is not None) + (bias is not None) + is_causal
     if masks > 1 or node.kwargs.get("softcap") or any(each is not None for each in constants):
