@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
@@ -19,7 +21,7 @@ class RMSNorm:
 
     Attributes:
         x: [..., D], before it is cast to a wider dtype.
-        gain: [D], None for one.
+        gain: [D], or [N, 1, ..., D] where each of N lanes has its own; None for one.
         eps: added to the mean of the squares.
     """
 
@@ -39,7 +41,7 @@ def rms_norm(node: fx.Node) -> RMSNorm | None:
     if target_of(inner) is aten.mul.Tensor and (found := _gain(inner)) is not None:
         inner, gain = uncast(found[0]), found[1]
     normed = _normed(inner)
-    return None if normed is None else RMSNorm(uncast(normed[0]), gain, normed[1])
+    return None if normed is None else RMSNorm(_as(normed[0], node.meta["val"].dtype), gain, normed[1])
 
 
 def uncast(node: fx.Node) -> fx.Node:
@@ -52,16 +54,36 @@ def uncast(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_shape(node: fx.Node, *shapes: Sequence[Any]) -> bool:
+    """Whether the shape of a value is certainly one of these, whatever symbolic sizes stand for."""
+    given = node.meta["val"].shape
+    return any(
+        len(given) == len(shape) and all(statically_known_true(a == b) for a, b in zip(given, shape, strict=True))
+        for shape in shapes
+    )
+
+
+def _as(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The value that a node is a cast of, if that has the dtype."""
+    source = node
+    while source.meta["val"].dtype != dtype:
+        if source.target not in _CASTS or not isinstance(source.args[0], fx.Node):
+            return node
+        source = source.args[0]
+    return source
+
+
 def target_of(value: Any) -> Any:
     """The function that a value is the result of; None for one that no function makes."""
     return value.target if isinstance(value, fx.Node) and value.op == "call_function" else None
 
 
 def _gain(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The factors of a product with a vector: the other one, and the vector."""
-    width = product.meta["val"].shape[-1:]
+    """The factors of a product with a vector, or one for each lane: the other factor, and the vector."""
+    shape = tuple(product.meta["val"].shape)
+    lanes = (shape[0], *[1] * (len(shape) - 2), shape[-1])
     for x, gain in (product.args, product.args[::-1]):
-        if isinstance(x, fx.Node) and isinstance(gain, fx.Node) and gain.meta["val"].shape == width:
+        if isinstance(x, fx.Node) and isinstance(gain, fx.Node) and is_shape(gain, shape[-1:], lanes):
             return x, gain
     return None
 

@@ -1,7 +1,8 @@
 """`skipstone::row_linear`: linear layers of few rows, with the norm before them and what is made of their results.
 
 To decode is to multiply a row, or a few, with every weight of the model. Such a product takes as long as reading its
-weight, and norms, activations and sums take longer to begin than to do. So they are parts of the product here.
+weight, and norms, activations and sums take longer to begin than to do. So they are parts of the product here. Layers
+that run at the same time are lanes, each with weights and a gain of its own.
 """
 
 from __future__ import annotations
@@ -45,17 +46,21 @@ def check_operands(
         raise InvalidInput(f"The activation {activation!r} is none of {', '.join(ACTIVATIONS)}.")
     if not weights or len(weights) != len(biases):
         raise InvalidInput(f"{len(weights)} weights with {len(biases)} biases.")
-    if any(weight.dim() != 2 or weight.shape[1] != x.shape[-1] for weight in weights):
+    if x.dim() != 3 or any(weight.dim() != 3 or weight.shape[2] != x.shape[2] for weight in weights):
         shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
         raise InvalidInput(f"Weights {shapes} do not fit rows {tuple(x.shape)}.")
+    lanes, rows, width = weights[0].shape[0], x.shape[1], x.shape[2]
+    if x.shape[0] not in (1, lanes) or any(weight.shape[0] != lanes for weight in weights):
+        raise InvalidInput(f"Rows of {x.shape[0]} lanes with weights of {[weight.shape[0] for weight in weights]}.")
     if is_gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
         raise InvalidInput("A gated product has two weights of one shape.")
     for weight, bias in zip(weights, biases, strict=True):
-        if bias is not None and bias.shape != weight.shape[:1]:
+        if bias is not None and bias.shape != weight.shape[:2]:
             raise InvalidInput(f"A bias {tuple(bias.shape)} does not fit a weight {tuple(weight.shape)}.")
-    if gain is not None and gain.shape != x.shape[-1:]:
+    if gain is not None and gain.shape not in ((1, width), (lanes, width)):
         raise InvalidInput(f"A gain {tuple(gain.shape)} does not fit rows {tuple(x.shape)}.")
-    if residual is not None and residual.shape != (*x.shape[:-1], columns(weights, is_gated)):
+    total = columns(weights, is_gated)
+    if residual is not None and residual.shape not in ((1, rows, total), (lanes, rows, total)):
         raise InvalidInput(f"Rows {tuple(residual.shape)} cannot be added to the results.")
     others = [each for each in (*weights, *biases, gain, residual) if each is not None]
     if any(other.dtype != x.dtype or other.device != x.device for other in others):
@@ -64,7 +69,7 @@ def check_operands(
 
 def columns(weights: Sequence[Tensor], is_gated: bool) -> int:
     """The width of the results."""
-    return weights[0].shape[0] if is_gated else sum(weight.shape[0] for weight in weights)
+    return weights[0].shape[1] if is_gated else sum(weight.shape[1] for weight in weights)
 
 
 @torch.library.custom_op("skipstone::row_linear", mutates_args=())
@@ -86,17 +91,17 @@ def row_linear(
     of float32 and x's dtype, and rounded once.
 
     Args:
-        x: [..., D].
-        weights: [F_i, D] each.
-        biases: [F_i] or None each.
-        gain: [D] of the norm, None for one.
-        residual: [..., F].
+        x: [L, R, D] for L lanes and R rows. Of `x`, `gain` and `residual`, one lane stands for all.
+        weights: [L, F_i, D] each.
+        biases: [L, F_i] or None each.
+        gain: [L, D] of the norm, None for one.
+        residual: [L, R, F].
         eps: of the RMSNorm ``x * rsqrt(mean(x ** 2) + eps) * (gain + offset)``; None for no norm.
         offset: added to the gain.
         activation: one of `ACTIVATIONS`.
         is_gated: multiply two products.
     Returns:
-        [..., F] in x's dtype, with F the sum of all F_i, or F_0 if gated.
+        [L, R, F] in x's dtype, with F the sum of all F_i, or F_0 if gated.
     Raises:
         InvalidInput: see `check_operands`.
     """
@@ -105,10 +110,11 @@ def row_linear(
     rows = x.to(exact)
     if eps is not None:
         rows = rows * (rows.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-        rows = rows if gain is None else rows * (gain.to(exact) + offset)
+        rows = rows if gain is None else rows * (gain.to(exact).unsqueeze(1) + offset)
+    products = [rows @ weight.to(exact).mT for weight in weights]
     products = [
-        F.linear(rows, weight.to(exact), None if bias is None else bias.to(exact))
-        for weight, bias in zip(weights, biases, strict=True)
+        each if bias is None else each + bias.to(exact).unsqueeze(1)
+        for each, bias in zip(products, biases, strict=True)
     ]
     act = ACTIVATIONS[activation]
     result = act(products[0]) * products[1] if is_gated else act(torch.cat(products, dim=-1))
@@ -118,7 +124,7 @@ def row_linear(
 @row_linear.register_fake
 def _(x, weights, biases, gain=None, residual=None, *, eps=None, offset=0.0, activation="none", is_gated=False):  # type: ignore[no-untyped-def]
     check_operands(x, weights, biases, gain, residual, activation, is_gated)
-    return x.new_empty(*x.shape[:-1], columns(weights, is_gated))
+    return x.new_empty(weights[0].shape[0], x.shape[1], columns(weights, is_gated))
 
 
 ROW_LINEAR = torch.ops.skipstone.row_linear.default

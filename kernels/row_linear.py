@@ -27,7 +27,7 @@ OLDEST = 80
 DEEPEST = 8192
 """Elements of a row that a program multiplies at a time."""
 WIDEST = 2**31
-"""Elements of a weight: within it, offsets have 32 bits."""
+"""Elements of a weight of one lane: within it, offsets have 32 bits."""
 
 
 def tile_of(rows: int, total: int, width: int, processors: int) -> tuple[int, int, int]:
@@ -62,14 +62,14 @@ def row_launch(
 
     Args:
         x, weights, biases, gain, residual: operands that fit each other.
-        out: [..., F], contiguous and not empty.
+        out: [L, R, F], contiguous and not empty.
         eps, offset, activation, is_gated: see `skipstone.ir.row_linear.row_linear`.
         arch: of the device, such as 90; 0 for Triton's interpreter.
         processors: how many it has.
     Raises:
         Unsupported: there is no kernel for the dtype, the device, so many rows or such weights.
     """
-    rows = x.shape[:-1].numel()
+    lanes, rows, width = weights[0].shape[0], x.shape[1], x.shape[2]
     if x.dtype not in DTYPES:
         raise Unsupported(f"a Triton kernel for linear layers in {x.dtype}", hint="Use float16, bfloat16 or float32.")
     if 0 < arch < OLDEST:
@@ -77,21 +77,25 @@ def row_launch(
     if rows > MOST_ROWS:
         raise Unsupported(f"a kernel of row_linear for {rows} rows", hint=f"At most {MOST_ROWS}: use linear layers.")
     for weight in weights:
-        if weight.stride(-1) != 1 or weight.shape[0] * weight.stride(0) >= WIDEST:
+        if weight.stride(2) != 1 or weight.shape[1] * weight.stride(1) >= WIDEST:
             raise Unsupported(f"a kernel of row_linear for a weight {tuple(weight.shape)} of strides {weight.stride()}")
-    total, width = columns(weights, is_gated), x.shape[-1]
-    block, depth, warps = tile_of(rows, total, width, processors)
-    parts = [weights[0].shape[0]] if is_gated else [weight.shape[0] for weight in weights]
+    total = columns(weights, is_gated)
+    block, depth, warps = tile_of(rows, lanes * total, width, processors)
+    parts = [weights[0].shape[1]] if is_gated else [weight.shape[1] for weight in weights]
     return Launch(
         multiply_few_rows,
-        (sum(triton.cdiv(part, block) for part in parts),),
+        (sum(triton.cdiv(part, block) for part in parts), lanes),
         {
-            "x": x.contiguous(), "weights": tuple(weights), "biases": tuple(biases), "gain": gain,
+            "x": x.contiguous(), "weights": tuple(weights),
+            "biases": tuple(None if bias is None else bias.contiguous() for bias in biases),
+            "gain": None if gain is None else gain.contiguous(),
             "residual": None if residual is None else residual.contiguous(), "out": out,
             "eps": 0.0 if eps is None else eps, "offset": offset,
         },
         {
-            "PARTS": tuple(parts), "STRIDES": tuple(weight.stride(0) for weight in weights), "WIDTH": width,
+            "PARTS": tuple(parts), "LANES": tuple(weight.stride(0) for weight in weights),
+            "STRIDES": tuple(weight.stride(1) for weight in weights), "WIDTH": width,
+            "SHARED": tuple(each is None or each.shape[0] < lanes for each in (x, gain, residual)),
             "ROWS": rows, "BLOCK_N": block, "BLOCK_K": depth, "NORM": eps is not None, "ACTIVATION": activation,
             "GATED": is_gated, "OVERLAP": arch >= FIRST_TO_OVERLAP,
         },
@@ -115,7 +119,7 @@ def _(
 ) -> Tensor:
     check_operands(x, weights, biases, gain, residual, activation, is_gated)
     properties = torch.cuda.get_device_properties(x.device)
-    out = x.new_empty(*x.shape[:-1], columns(weights, is_gated))
+    out = x.new_empty(weights[0].shape[0], x.shape[1], columns(weights, is_gated))
     if out.numel():
         arch = properties.major * 10 + properties.minor
         row_launch(
@@ -128,21 +132,29 @@ def _(
 @triton.jit
 def multiply_few_rows(
     x, weights, biases, gain, residual, out, eps, offset,
-    PARTS: tl.constexpr, STRIDES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, LANES: tl.constexpr, STRIDES: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of the result [ROWS, sum of PARTS] of x [ROWS, WIDTH] and weights [PARTS[i], WIDTH].
+    """BLOCK_N columns of a lane of the result [L, ROWS, sum of PARTS] of x [L, ROWS, WIDTH] and weights of the strides.
+
+    SHARED says whether the lanes of x, the gain and the residual are one.
 
     With OVERLAP, weights, biases and the gain are read before the kernels that were launched before are done.
     """
     begin_early(OVERLAP)
-    number = tl.program_id(0)
+    number, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total: tl.constexpr = _sum(PARTS)
+    x = _own(x, lane, 0 if SHARED[0] else ROWS * WIDTH)
+    gain = _own(gain, lane, 0 if SHARED[1] else WIDTH)
+    residual = _own(residual, lane, 0 if SHARED[2] else ROWS * total)
+    out = _own(out, lane, ROWS * total)
     if GATED:
         _multiply(
-            x, weights[0], biases[0], weights[1], biases[1], gain, residual, out, eps, offset, number, 0,
-            PARTS[0], total, STRIDES[0], STRIDES[1], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
+            x, _own(weights[0], lane, LANES[0]), _own(biases[0], lane, PARTS[0]), _own(weights[1], lane, LANES[1]),
+            _own(biases[1], lane, PARTS[0]), gain, residual, out, eps, offset, number, 0, PARTS[0], total, STRIDES[0],
+            STRIDES[1], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
         )  # fmt: skip
     else:
         # Which weight it is follows from the number of the program; each has code of its own.
@@ -150,10 +162,16 @@ def multiply_few_rows(
             first = _blocks(PARTS, part, BLOCK_N)
             if (number >= first) & (number < _blocks(PARTS, part + 1, BLOCK_N)):
                 _multiply(
-                    x, weights[part], biases[part], None, None, gain, residual, out, eps, offset,
-                    number - first, _sum(PARTS, part), PARTS[part], total, STRIDES[part], 0, WIDTH, ROWS, BLOCK_N,
-                    BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
+                    x, _own(weights[part], lane, LANES[part]), _own(biases[part], lane, PARTS[part]), None, None, gain,
+                    residual, out, eps, offset, number - first, _sum(PARTS, part), PARTS[part], total, STRIDES[part], 0,
+                    WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
                 )  # fmt: skip
+
+
+@triton.jit
+def _own(pointer, lane, STRIDE: tl.constexpr):
+    """Where a lane's part of a tensor begins; None for no tensor."""
+    return None if pointer is None else pointer + lane * STRIDE
 
 
 @triton.constexpr_function
@@ -177,11 +195,10 @@ def _multiply(
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     present = column < COLUMNS
-    tile = tl.load(weight + column[:, None] * STRIDE + depth[None, :], present[:, None] & (depth < WIDTH)[None, :], 0.0)
+    tile = _tile(weight, column, depth, present, STRIDE, WIDTH)
     shift = _vector(bias, column, present)
     if GATED:
-        inside = present[:, None] & (depth < WIDTH)[None, :]
-        other_tile = tl.load(other + column[:, None] * OTHER_STRIDE + depth[None, :], inside, 0.0)
+        other_tile = _tile(other, column, depth, present, OTHER_STRIDE, WIDTH)
         other_shift = _vector(other_bias, column, present)
     factor = _factor(gain, offset, depth, WIDTH, NORM)
     wait_for_kernels(OVERLAP)
@@ -196,10 +213,9 @@ def _multiply(
     for start in tl.static_range(0, WIDTH, BLOCK_K):
         if start > 0:
             depth = start + tl.arange(0, BLOCK_K)
-            inside = present[:, None] & (depth < WIDTH)[None, :]
-            tile = tl.load(weight + column[:, None] * STRIDE + depth[None, :], inside, 0.0)
+            tile = _tile(weight, column, depth, present, STRIDE, WIDTH)
             if GATED:
-                other_tile = tl.load(other + column[:, None] * OTHER_STRIDE + depth[None, :], inside, 0.0)
+                other_tile = _tile(other, column, depth, present, OTHER_STRIDE, WIDTH)
             factor = _factor(gain, offset, depth, WIDTH, NORM)
         grown, other_grown = (), ()
         for row in tl.static_range(ROWS):
@@ -222,6 +238,12 @@ def _multiply(
         if residual is not None:
             result += tl.load(residual + place, present, 0.0).to(tl.float32)
         tl.store(out + place, result.to(out.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _tile(weight, column, depth, present, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    place = column[:, None] * STRIDE + depth[None, :]
+    return tl.load(weight + place, present[:, None] & (depth < WIDTH)[None, :], 0.0)
 
 
 @triton.jit

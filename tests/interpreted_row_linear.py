@@ -21,7 +21,7 @@ from tests.row_linear_cases import CASES
 def multiply(processors: int = 4, arch: int = 0, **given: Any) -> Tensor:
     """What is launched on a device with so many processors."""
     x, weights, is_gated = given["x"], given["weights"], given["is_gated"]
-    out = torch.full((*x.shape[:-1], columns(weights, is_gated)), float("nan"), dtype=x.dtype)
+    out = torch.full((weights[0].shape[0], x.shape[1], columns(weights, is_gated)), float("nan"), dtype=x.dtype)
     row_launch(**given, out=out, arch=arch, processors=processors)()
     return out
 
@@ -32,13 +32,13 @@ def test_results(name: str, dtype: torch.dtype) -> None:
     row_linear_cases.check(multiply, CASES[name], dtype)
 
 
-@pytest.mark.parametrize("name", ["plain", "heads", "gated rows"])
+@pytest.mark.parametrize("name", ["plain", "heads", "gated rows", "lanes", "lanes that share a gain"])
 def test_weights_that_are_parts_of_wider_ones(name: str) -> None:
     row_linear_cases.check(multiply, CASES[name], strided=True)
 
 
 @pytest.mark.parametrize("processors", [1, 20, 132])
-@pytest.mark.parametrize("name", ["heads", "gated"])
+@pytest.mark.parametrize("name", ["heads", "gated", "lanes"])
 def test_tiles_of_any_width_give_the_same(name: str, processors: int) -> None:
     row_linear_cases.check(lambda **given: multiply(processors, **given), CASES[name])
 
@@ -48,11 +48,11 @@ def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(Unsupported, match=r"sm_75.* sm_80 or later"):
         multiply(arch=75, **given)
     with pytest.raises(Unsupported, match=r"9 rows.*At most 8: use linear layers"):
-        multiply(**{**given, "x": torch.randn(3, 3, 48)})
-    with pytest.raises(Unsupported, match=r"a weight \(40, 48\) of strides \(1, 40\)"):
-        multiply(**{**given, "weights": [torch.randn(48, 40).t()]})
-    with pytest.raises(Unsupported, match=r"a weight \(2, 8\) of strides \(1073741824, 1\)"):
-        huge = torch.empty_strided((2, 8), (2**30, 1), device="meta")
-        multiply(**{**given, "x": torch.randn(1, 8), "weights": [huge]})
+        multiply(**{**given, "x": torch.randn(1, 9, 48)})
+    with pytest.raises(Unsupported, match=r"a weight \(1, 40, 48\) of strides \(1920, 1, 40\)"):
+        multiply(**{**given, "weights": [torch.randn(1, 48, 40).mT]})
+    with pytest.raises(Unsupported, match=r"a weight \(1, 2, 8\) of strides \(0, 1073741824, 1\)"):
+        huge = torch.empty_strided((1, 2, 8), (0, 2**30, 1), device="meta")
+        multiply(**{**given, "x": torch.randn(1, 1, 8), "weights": [huge]})
     with pytest.raises(Unsupported, match="float64"):
         multiply(**row_linear_cases.operands(CASES["plain"], torch.float64))

@@ -19,12 +19,13 @@ class Case:
     """One call.
 
     Attributes:
-        rows: of x; their number is the product.
+        rows: of x.
         width: of each row.
+        lanes: of the weights, and of everything whose first letter is in `own`: "x", "gain", "residual".
         parts: columns of each weight.
     """
 
-    rows: tuple[int, ...] = (1, 1)
+    rows: int = 1
     width: int = 48
     parts: tuple[int, ...] = (40,)
     bias: bool = False
@@ -34,22 +35,29 @@ class Case:
     residual: bool = False
     activation: str = "none"
     is_gated: bool = False
+    lanes: int = 1
+    own: str = ""
 
 
 CASES = {
     "plain": Case(),
-    "odd": Case((1, 3), 33, (17,), bias=True),
-    "one": Case((1, 1), 1, (1,)),
-    "heads": Case((1, 1), 96, (64, 24, 24), bias=True, norm=True),
-    "heads of rows": Case((2, 1), 80, (33, 7), norm=True, gain=False),
-    "output": Case((2, 1), 64, (72,), residual=True),
-    "gated": Case((1, 1), 40, (56, 56), norm=True, activation="silu", is_gated=True),
-    "gated rows": Case((4, 1), 70, (19, 19), bias=True, norm=True, offset=1.0, activation="gelu_tanh", is_gated=True),
-    "exact gelu": Case((1, 2), 64, (130,), bias=True, activation="gelu"),
-    "relu": Case((1, 2), 16, (5,), activation="relu", residual=True),
-    "squared": Case((8, 1), 20, (30,), norm=True, activation="relu_squared"),
-    "deep": Case((2, 1), 8200, (6, 3), norm=True),  # more than a program multiplies at a time
-    "deep and gated": Case((1, 1), 8193, (3, 3), bias=True, residual=True, activation="silu", is_gated=True),
+    "odd": Case(3, 33, (17,), bias=True),
+    "one": Case(1, 1, (1,)),
+    "heads": Case(1, 96, (64, 24, 24), bias=True, norm=True),
+    "heads of rows": Case(2, 80, (33, 7), norm=True, gain=False),
+    "output": Case(2, 64, (72,), residual=True),
+    "gated": Case(1, 40, (56, 56), norm=True, activation="silu", is_gated=True),
+    "gated rows": Case(4, 70, (19, 19), bias=True, norm=True, offset=1.0, activation="gelu_tanh", is_gated=True),
+    "exact gelu": Case(2, 64, (130,), bias=True, activation="gelu"),
+    "relu": Case(2, 16, (5,), activation="relu", residual=True),
+    "squared": Case(8, 20, (30,), norm=True, activation="relu_squared"),
+    "deep": Case(2, 8200, (6, 3), norm=True),  # more than a program multiplies at a time
+    "lanes": Case(1, 48, (40, 24), norm=True, residual=True, lanes=3, own="xgr"),
+    "lanes of one row": Case(2, 33, (17,), bias=True, norm=True, residual=True, lanes=5, own="g"),
+    "lanes that share a gain": Case(
+        1, 64, (16, 16), bias=True, norm=True, activation="silu", is_gated=True, lanes=2, own="x"
+    ),
+    "deep and gated": Case(1, 8193, (3, 3), bias=True, residual=True, activation="silu", is_gated=True),
 }
 
 Run = Callable[..., Tensor]
@@ -64,16 +72,19 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu", strided: bool 
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * size).to(dtype).to(device)
 
     def weight(count: int) -> Tensor:
-        wide = random(count, case.width + 16 * strided, size=case.width**-0.5)
-        return wide[:, : case.width]
+        wide = random(case.lanes, count + strided, case.width + 16 * strided, size=case.width**-0.5)
+        return wide[:, :count, : case.width]
+
+    def lanes(name: str) -> int:
+        return case.lanes if name in case.own else 1
 
     total = case.parts[0] if case.is_gated else sum(case.parts)
     return {
-        "x": random(*case.rows, case.width, size=3.0),
+        "x": random(lanes("x"), case.rows, case.width, size=3.0),
         "weights": [weight(part) for part in case.parts],
-        "biases": [random(part) if case.bias else None for part in case.parts],
-        "gain": random(case.width) if case.norm and case.gain else None,
-        "residual": random(*case.rows, total) if case.residual else None,
+        "biases": [random(case.lanes, part) if case.bias else None for part in case.parts],
+        "gain": random(lanes("g"), case.width) if case.norm and case.gain else None,
+        "residual": random(lanes("r"), case.rows, total) if case.residual else None,
         "eps": 1e-2 if case.norm else None,
         "offset": case.offset,
         "activation": case.activation,
@@ -87,10 +98,11 @@ def in_float64(given: dict[str, Any]) -> Tensor:
     if given["eps"] is not None:
         x = x / (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + given["eps"]).sqrt()
         if given["gain"] is not None:
-            x = x * (given["offset"] + given["gain"].double())
+            x = x * (given["offset"] + given["gain"].double())[:, None]
     products = []
     for weight, bias in zip(given["weights"], given["biases"], strict=True):
-        products.append(torch.einsum("...d,fd->...f", x, weight.double()) + (0.0 if bias is None else bias.double()))
+        product = torch.einsum("lrd,lfd->lrf", x.expand(weight.shape[0], -1, -1), weight.double())
+        products.append(product if bias is None else product + bias.double()[:, None])
     named = {
         "none": lambda y: y,
         "silu": F.silu,

@@ -15,12 +15,14 @@ from tests.interpreter import run_interpreted
 from tests.row_linear_cases import CASES, Case
 
 LLAMA = {  # of Llama 3 with 8 billion parameters: the products of a layer
-    "heads": Case((1, 1), 4096, (4096, 1024, 1024), norm=True),
-    "output": Case((1, 1), 4096, (4096,), residual=True),
-    "gated": Case((1, 1), 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
-    "down": Case((1, 1), 14336, (4096,), residual=True),
-    "eight": Case((8, 1), 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
-    "head": Case((1, 1), 4096, (128256,)),
+    "heads": Case(1, 4096, (4096, 1024, 1024), norm=True),
+    "output": Case(1, 4096, (4096,), residual=True),
+    "gated": Case(1, 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
+    "down": Case(1, 14336, (4096,), residual=True),
+    "eight": Case(8, 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
+    "head": Case(1, 4096, (128256,)),
+    "lanes": Case(1, 640, (640, 640, 640), norm=True, lanes=24, own="g"),
+    "wide": Case(1, 61440, (640,)),
 }
 
 
@@ -34,7 +36,7 @@ def test_operator(name: str, dtype: torch.dtype) -> None:
     assert (result.double() - wanted).abs().max() < tolerance[dtype] * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", ["odd", "heads of rows", "gated rows"])
+@pytest.mark.parametrize("name", ["odd", "heads of rows", "gated rows", "lanes of one row"])
 def test_operator_is_registered_well(name: str) -> None:
     given = row_linear_cases.operands(CASES[name], torch.float32)
     positional = [given.pop(key) for key in ("x", "weights", "biases", "gain", "residual")]
@@ -46,12 +48,14 @@ def test_operator_is_registered_well(name: str) -> None:
     [
         ({"activation": "tanh"}, "'tanh' is none of none, silu"),
         ({"weights": []}, "0 weights with 1 biases"),
-        ({"weights": [torch.ones(4, 7)]}, r"Weights \(4, 7\) do not fit rows \(1, 1, 48\)"),
+        ({"weights": [torch.ones(1, 4, 7)]}, r"Weights \(1, 4, 7\) do not fit rows \(1, 1, 48\)"),
         ({"is_gated": True}, "two weights of one shape"),
-        ({"biases": [torch.ones(41)]}, r"A bias \(41,\) does not fit a weight \(40, 48\)"),
-        ({"gain": torch.ones(47)}, r"A gain \(47,\)"),
+        ({"biases": [torch.ones(1, 41)]}, r"A bias \(1, 41\) does not fit a weight \(1, 40, 48\)"),
+        ({"gain": torch.ones(1, 47)}, r"A gain \(1, 47\)"),
+        ({"gain": torch.ones(2, 48)}, r"A gain \(2, 48\)"),
+        ({"x": torch.ones(2, 1, 48)}, r"Rows of 2 lanes with weights of \[1\]"),
         ({"residual": torch.ones(1, 1, 41)}, r"Rows \(1, 1, 41\) cannot be added"),
-        ({"gain": torch.ones(48, dtype=torch.float64)}, "operands of other dtypes or devices"),
+        ({"gain": torch.ones(1, 48, dtype=torch.float64)}, "operands of other dtypes or devices"),
     ],
     ids=str,
 )
@@ -73,12 +77,12 @@ def launch_of(case: Case, dtype: torch.dtype, arch: int) -> Any:
     total = case.parts[0] if case.is_gated else sum(case.parts)
     with torch.device("meta"):
         return row_launch(
-            torch.empty(*case.rows, case.width, dtype=dtype),
-            [torch.empty(part, case.width, dtype=dtype) for part in case.parts],
-            [torch.empty(part, dtype=dtype) if case.bias else None for part in case.parts],
-            torch.empty(case.width, dtype=dtype) if case.norm and case.gain else None,
-            torch.empty(*case.rows, total, dtype=dtype) if case.residual else None,
-            torch.empty(*case.rows, total, dtype=dtype),
+            torch.empty(1, case.rows, case.width, dtype=dtype),
+            [torch.empty(case.lanes, part, case.width, dtype=dtype) for part in case.parts],
+            [torch.empty(case.lanes, part, dtype=dtype) if case.bias else None for part in case.parts],
+            torch.empty(case.lanes, case.width, dtype=dtype) if case.norm and case.gain else None,
+            torch.empty(1, case.rows, total, dtype=dtype) if case.residual else None,
+            torch.empty(case.lanes, case.rows, total, dtype=dtype),
             1e-6 if case.norm else None, case.offset, case.activation, case.is_gated, arch, 132,
         )  # fmt: skip
 

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("skipstone.kernels.row_linear", reason="needs triton")
 
 LARGE = {
-    "gated": Case((1, 1), 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
-    "down": Case((1, 1), 14336, (4096,), residual=True),
-    "heads of eight": Case((8, 1), 4096, (4096, 1024, 1024), bias=True, norm=True),
+    "gated": Case(1, 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
+    "down": Case(1, 14336, (4096,), residual=True),
+    "lanes": Case(1, 640, (640, 640, 640), norm=True, lanes=24, own="g"),
+    "wide": Case(1, 61440, (640,)),
+    "heads of eight": Case(8, 4096, (4096, 1024, 1024), bias=True, norm=True),
 }
 
 
@@ -38,7 +40,7 @@ def test_results(name: str, dtype: torch.dtype) -> None:
     row_linear_cases.check(multiply, {**CASES, **LARGE}[name], dtype, "cuda")
 
 
-@pytest.mark.parametrize("name", ["plain", "heads", "gated rows"])
+@pytest.mark.parametrize("name", ["plain", "heads", "gated rows", "lanes"])
 def test_weights_that_are_parts_of_wider_ones(name: str) -> None:
     row_linear_cases.check(multiply, CASES[name], torch.bfloat16, "cuda", strided=True)
 
@@ -47,8 +49,8 @@ def test_weights_that_are_parts_of_wider_ones(name: str) -> None:
 def test_products_that_begin_early_wait_for_what_they_read(is_captured: bool) -> None:
     """Many small products in a row, each of the result before: any that did not wait would read an older row."""
     torch.manual_seed(0)
-    weights = [torch.randn(256, 256, device="cuda") / 16 for _ in range(64)]
-    start = torch.randn(1, 256, device="cuda")
+    weights = [torch.randn(1, 256, 256, device="cuda") / 16 for _ in range(64)]
+    start = torch.randn(1, 1, 256, device="cuda")
 
     def chain(x: Tensor) -> Tensor:
         for weight in weights:
@@ -61,14 +63,14 @@ def test_products_that_begin_early_wait_for_what_they_read(is_captured: bool) ->
         with torch.cuda.graph(graph):
             out = chain(x)
     for seed in range(20):
-        x.copy_(torch.randn(1, 256, generator=torch.Generator().manual_seed(seed)))
+        x.copy_(torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(seed)))
         if is_captured:
             graph.replay()
         else:
             out = chain(x)
         wanted = x.double()
         for weight in weights:
-            wanted = wanted + (wanted / (wanted.square().mean() + 1e-6).sqrt()) @ weight.double().t()
+            wanted = wanted + (wanted / (wanted.square().mean() + 1e-6).sqrt()) @ weight.double().mT
         assert (out - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
@@ -80,4 +82,4 @@ def test_runs_are_the_same_bit_for_bit() -> None:
 
 def test_many_rows_are_refused() -> None:
     with pytest.raises(Unsupported, match="9 rows"):
-        row_linear(torch.randn(9, 16, device="cuda"), [torch.randn(8, 16, device="cuda")], [None])
+        row_linear(torch.randn(1, 9, 16, device="cuda"), [torch.randn(1, 8, 16, device="cuda")], [None])

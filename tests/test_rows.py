@@ -11,12 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from skipstone import FuseParallel, LayerParallel, Segment
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.norms import rms_norm
 from skipstone.ir.program import Program
+from skipstone.optimize import rewrite
+from skipstone.passes.layer_parallel import Unit
+from skipstone.plan import Plan
 from skipstone.runtime.triton import rows
 from skipstone.runtime.triton.lower import decode_graph, lower
 from skipstone.runtime.triton.rows import linear, multiply
+from tests import models
 from tests.test_triton_target import rewritten
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,38 +148,58 @@ def test_norms_that_change_the_dtype_stay_apart() -> None:
         assert call["x"].meta["val"].dtype == torch.float32
 
 
-def test_the_operator_computes_what_the_plain_form_does() -> None:
+AT_ONCE: dict[str, tuple[Unit, dict[str, int]]] = {
+    "layer": ("layer", {"norm 1": 2, "1": 2, "1 residual": 1}),
+    "two_stage": ("two_stage", {"norm 1": 2, "1": 1, "1 residual": 2}),
+}
+"""Fused layers: of all lanes are queries, keys and values, and the FFN's first layers; others are wide."""
+
+
+def at_once(unit: Unit) -> Program:
+    plan = Plan([LayerParallel((Segment(0, 3, unit=unit),)), FuseParallel()])
+    program, refusal = rewrite(models.program("llama"), plan, target="triton")
+    assert refusal is None
+    return program
+
+
+@pytest.mark.parametrize("unit", AT_ONCE)
+def test_layers_at_the_same_time_are_lanes(unit: str) -> None:
+    graph = decode_graph(lower(at_once(AT_ONCE[unit][0])))
+    found = calls(graph)
+    assert Counter(map(summary, found)) == AT_ONCE[unit][1]
+    stacks = [call for call in found if call["weights"][0].meta["val"].ndim == 3]
+    assert all(call["gain"].meta["val"].shape == (3, 32) for call in stacks if call["eps"] is not None)
+    assert len(stacks) == (3 if unit == "layer" else 2)
+    assert all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in graph.find_nodes(op="placeholder"))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("plan", ["plain", *AT_ONCE])
+def test_the_operator_computes_what_the_plain_form_does(plan: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on a GPU, with the operator's reference in the place of its kernel."""
-    program = rewritten("llama")
-    lowered = lower(program)
+    lowered = lower(rewritten("llama") if plan == "plain" else at_once(AT_ONCE[plan][0]))
     graph = decode_graph(lowered)
-    taken = []
-
-    def by_operator(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        weights, biases, gain, residual, eps, offset, activation, is_gated = args
-        taken.append(len(weights))
-        options = {"eps": eps, "offset": offset, "activation": activation, "is_gated": is_gated}
-        result = rows.ROW_LINEAR(x, weights, biases, gain, residual, **options)
-        return result.split([result.shape[-1]] if is_gated else [weight.shape[0] for weight in weights], dim=-1)
-
     generator = torch.Generator().manual_seed(0)
     known = {"start": torch.tensor([5, 7]), "position_ids": torch.tensor([[5], [7]])}
     inputs = []
     for port, node in zip(lowered.inputs, graph.find_nodes(op="placeholder"), strict=True):
         value = node.meta["val"]
         if value.ndim == 4:
-            inputs.append(torch.randn(2, value.shape[1], 16, value.shape[3], generator=generator))
+            inputs.append(torch.randn(batch, value.shape[1], 16, value.shape[3], generator=generator))
         else:
-            inputs.append(known.get(port.name, torch.zeros(2, 1, dtype=torch.int64)))
-    results = []
-    for replacement in (multiply, by_operator):
-        for node in graph.nodes:
-            if node.target in (multiply, by_operator):
-                node.target = replacement
-        module = fx.GraphModule(lowered.tensors(), graph)
-        results.append(module(*(value.clone() for value in inputs))[0])
-    assert len(taken) == 13
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+            inputs.append(known.get(port.name, torch.zeros(2, 1, dtype=torch.int64))[:batch])
+    module = fx.GraphModule(lowered.tensors(), graph)
+    (wanted,) = module(*(value.clone() for value in inputs))
+    taken = []
+
+    def has_kernel(x: Tensor, count: int) -> bool:
+        taken.append(count)
+        return True
+
+    monkeypatch.setattr(rows, "has_kernel", has_kernel)
+    (given,) = module(*(value.clone() for value in inputs))
+    assert taken == [batch] * len(calls(graph))
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_an_rms_norm() -> None:

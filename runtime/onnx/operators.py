@@ -51,7 +51,7 @@ Found = tuple[fx.Node, Any, tuple[Any, ...]]  # the node to replace, and the cal
 def _rms_norm(product: fx.Node) -> Found | None:
     """``weight * (x * rsqrt(mean(x ** 2, -1) + eps))``."""
     norm = rms_norm(product)
-    if norm is None or norm.gain is None:
+    if norm is None or norm.gain is None or norm.gain.meta["val"].ndim != 1:
         return None
     if len({each.meta["val"].dtype for each in (product, norm.x, norm.gain)}) > 1:
         return None

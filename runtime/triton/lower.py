@@ -37,7 +37,7 @@ from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.quantized import quantized_cached_attention_
 from skipstone.runtime.triton.experts import gathered_experts
-from skipstone.runtime.triton.rows import gather_products, linear
+from skipstone.runtime.triton.rows import gather_products, linear, matmul
 
 aten = torch.ops.aten
 
@@ -73,7 +73,7 @@ def decode_graph(program: Program) -> fx.Graph:
         elif node.target is aten.linear.default:
             node.target = linear
         elif node.target is aten.matmul.default:
-            node.target = _matmul
+            node.target = matmul
     return graph
 
 
@@ -98,14 +98,6 @@ def check_kernels(program: Program) -> None:
             Call(**{name: value for name, value in operands.items() if name in fields}).check()
         except Unsupported as reason:
             raise Unsupported(reason.feature, where=module_path(node), hint=reason.hint) from reason
-
-
-def _matmul(x: Tensor, factor: Tensor) -> Tensor:
-    """A product; of a stack of single rows and one of matrices, [N, 1, D] and [N, D, F], a sum like `linear`."""
-    if x.dim() == factor.dim() == 3 and x.shape[1] == 1:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(exact) * factor.mT.to(exact)).sum(dim=-1).to(x.dtype).unsqueeze(1)
-    return torch.matmul(x, factor)
 
 
 def _returned(program: Program) -> list[fx.Node]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from skipstone.ir.norms import RMSNorm, rms_norm, target_of, uncast
+from skipstone.ir.norms import RMSNorm, is_shape, rms_norm, target_of, uncast
 from skipstone.ir.row_linear import ACTIVATIONS, ROW_LINEAR
 
 aten = torch.ops.aten
@@ -23,36 +23,47 @@ ROWS = 1
 """Most rows for which `row_linear` is used, where it has a kernel: for more it was not measured."""
 
 
-@dataclass
-class Product:
-    """Linear layers of one value that become one operator.
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, or layers of several lanes at once.
 
     Attributes:
-        linears: the layers.
-        result: what the operator computes: the layer itself, or what it is activated, gated and added to.
+        result: [B, S, F], or [N, B, S, F] for N lanes.
+        weight: [F, D] or [N, F, D].
+        bias: [F], and none for lanes.
+    """
+
+    result: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+    @property
+    def x(self) -> fx.Node:
+        """What it reads, [B, S, D] or [N, B, S, D], as the graph is now."""
+        node: Any = self.result
+        return node.args[0] if node.target is aten.linear.default else node.args[0].args[0].args[0]  # type: ignore[no-any-return]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it has lanes."""
+        return self.weight.meta["val"].ndim == 3  # type: ignore[no-any-return]
+
+
+@dataclass
+class Product:
+    """Layers of one value that become one operator.
+
+    Attributes:
+        layers: the layers.
+        result: what the operator computes: the layer's result, or what that is activated, gated and added to.
         activation, is_gated, residual: see `skipstone.ir.row_linear.row_linear`.
     """
 
-    linears: list[fx.Node]
+    layers: list[Layer]
     result: fx.Node
     activation: str = "none"
     is_gated: bool = False
     residual: fx.Node | None = None
-
-
-@dataclass
-class Siblings:
-    """The products of one value.
-
-    Attributes:
-        x: the value, or what it is the norm of.
-        norm: of x, where there is one.
-        products: of it.
-    """
-
-    x: fx.Node
-    norm: RMSNorm | None
-    products: list[Product] = field(default_factory=list)
 
 
 def gather_products(graph: fx.Graph) -> None:
@@ -61,23 +72,23 @@ def gather_products(graph: fx.Graph) -> None:
     Norms are taken in if all their operands are the graph's own tensors; products of the same value become one operator
     if nothing is left to be done to each. What is inside an operator is no longer rounded to the model's dtype.
     """
-    by_operand: dict[Any, list[fx.Node]] = {}
+    by_operand: dict[Any, list[Layer]] = {}
     for node in graph.nodes:
-        if node.target is aten.linear.default and _has_constants(node):
-            by_operand.setdefault(node.args[0], []).append(node)
+        if (layer := _layer(node)) is not None:
+            by_operand.setdefault((layer.x, layer.is_stack), []).append(layer)
     _hoist_constants(graph)
     for layers in by_operand.values():
-        x: Any = layers[0].args[0]  # as it is now, behind the replacements before
+        x = layers[0].x
         norm = rms_norm(x)
         if norm is not None and (norm.x.meta["val"].dtype != x.meta["val"].dtype or _gain(norm) is None):
             norm = None
-        siblings = Siblings(x if norm is None else norm.x, norm, _products(layers))
-        alone = [each for each in siblings.products if each.result is each.linears[0] and not each.is_gated]
-        for product in siblings.products:
+        products = _products(layers)
+        alone = [each for each in products if each.result is each.layers[0].result]
+        for product in products:
             if product not in alone:
-                _replace(graph, siblings, [product])
+                _replace(graph, x, norm, [product])
         if alone:
-            _replace(graph, siblings, alone)
+            _replace(graph, x, norm, alone)
     graph.eliminate_dead_code()
 
 
@@ -92,20 +103,54 @@ def multiply(
     activation: str,
     is_gated: bool,
 ) -> tuple[Tensor, ...]:
-    """`skipstone.ir.row_linear.row_linear`, by its kernel where there is one, apart for each weight unless gated."""
-    if x.is_cuda and x.shape[:-1].numel() <= ROWS:
-        options = {"eps": eps, "offset": offset, "activation": activation, "is_gated": is_gated}
-        result = ROW_LINEAR(x, list(weights), list(biases), gain, residual, **options)
-        return result.split([result.shape[-1]] if is_gated else [weight.shape[0] for weight in weights], dim=-1)
+    """`skipstone.ir.row_linear.row_linear`, by its kernel where there is one, apart for each weight unless gated.
+
+    Args:
+        x: [..., D]; for weights of lanes [B, S, D], the same for all of them, or [N, B, S, D].
+        weights: [F, D] each, or [N, F, D].
+        biases, gain: one tensor, or one for each lane.
+        residual: of the shape of the results, or the same for all lanes.
+    """
+    is_stack = weights[0].dim() == 3
+    shape = x.shape[1:-1] if is_stack and x.dim() == 4 else x.shape[:-1]
+    lanes = weights[0].shape[:1] if is_stack else ()
+    if has_kernel(x, shape.numel()):
+        result = ROW_LINEAR(
+            _in_lanes(x, shape.numel()),
+            [weight if is_stack else weight.unsqueeze(0) for weight in weights],
+            [bias if is_stack or bias is None else bias.unsqueeze(0) for bias in biases],
+            gain if gain is None or gain.dim() == 2 else gain.unsqueeze(0),
+            None if residual is None else _in_lanes(residual, shape.numel()),
+            eps=eps, offset=offset, activation=activation, is_gated=is_gated,
+        )  # fmt: skip
+        widths = [result.shape[-1]] if is_gated else [weight.shape[-2] for weight in weights]
+        return result.reshape(*lanes, *shape, -1).split(widths, dim=-1)
     exact = torch.promote_types(x.dtype, torch.float32)
     if eps is not None:
         rows = x.to(exact)
         rows = rows * (rows.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-        x = (rows if gain is None else rows * (gain.to(exact) + offset)).to(x.dtype)
-    results = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        if gain is not None:
+            gain = gain.to(exact) + offset
+            rows = rows * (gain if gain.dim() == 1 else gain.reshape(-1, *[1] * len(shape), gain.shape[-1]))
+        x = rows.to(x.dtype)
+    if is_stack:
+        stacked = _in_lanes(x, shape.numel()).expand(*lanes, -1, -1)
+        results = [matmul(stacked, weight.mT).reshape(*lanes, *shape, -1) for weight in weights]
+    else:
+        results = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     act = ACTIVATIONS[activation]
     results = [act(results[0]) * results[1]] if is_gated else [act(each) for each in results]
     return tuple(each if residual is None else each + residual for each in results)
+
+
+def has_kernel(x: Tensor, rows: int) -> bool:
+    """Whether `row_linear` is used for so many rows."""
+    return x.is_cuda and rows <= ROWS
+
+
+def _in_lanes(x: Tensor, rows: int) -> Tensor:
+    """A tensor [N, rows, D]."""
+    return x.reshape(-1, rows, x.shape[-1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -118,12 +163,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _has_constants(linear: fx.Node) -> bool:
-    """Whether weight and bias are tensors of the graph, which nothing writes while it runs."""
-    x, *rest = linear.args
-    has_dtype = all(isinstance(each, fx.Node) and each.op == "get_attr" and _fits(each, x) for each in rest if each)
-    weight: Any = rest[0]
-    return has_dtype and not linear.kwargs and weight.meta["val"].is_contiguous()
+def matmul(x: Tensor, factor: Tensor) -> Tensor:
+    """A product; of a stack of single rows and one of matrices, [N, 1, D] and [N, D, F], a sum like `linear`."""
+    if x.dim() == factor.dim() == 3 and x.shape[1] == 1:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(exact) * factor.mT.to(exact)).sum(dim=-1).to(x.dtype).unsqueeze(1)
+    return torch.matmul(x, factor)
+
+
+def _layer(node: fx.Node) -> Layer | None:
+    """The layer that a node is, if weight and bias are tensors of the graph, which nothing writes while it runs."""
+    if node.target is aten.linear.default:
+        x, weight, bias = (*node.args, None)[:3]
+        is_constant = all(each is None or _is_constant(each, x) for each in (weight, bias))
+        return Layer(node, weight, bias) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
+    return _stack(node)
+
+
+def _stack(node: fx.Node) -> Layer | None:
+    """The layers of several lanes: x [N, B, S, D] as [N, B S, D], times the transposed weight, in x's shape again."""
+    product: Any = node.args[0] if node.target is aten.reshape.default else None
+    if target_of(product) is not aten.matmul.default or len(product.users) > 1:
+        return None
+    flat, turned = product.args
+    if target_of(flat) is not aten.reshape.default or target_of(turned) is not aten.transpose.int:
+        return None
+    x, weight = flat.args[0], turned.args[0]
+    if not _is_constant(weight, x) or {axis % 3 for axis in turned.args[1:]} != {1, 2}:
+        return None
+    before, lanes = _shape(x), _shape(weight)
+    if len(before) != 4 or len(lanes) != 3:
+        return None
+    fits = is_shape(node, (*before[:3], lanes[1])) and is_shape(x, (lanes[0], *before[1:]))
+    return Layer(node, weight, None) if fits else None
+
+
+def _is_constant(constant: Any, x: Any) -> bool:
+    """Whether a value is a tensor of the graph in one piece, of x's dtype."""
+    if not isinstance(constant, fx.Node) or constant.op != "get_attr":
+        return False
+    return _fits(constant, x) and constant.meta["val"].is_contiguous()  # type: ignore[no-any-return]
 
 
 def _fits(constant: fx.Node, x: Any) -> bool:
@@ -134,44 +213,53 @@ def _gain(norm: RMSNorm) -> tuple[fx.Node | None, float] | None:
     """The tensor of the graph that the gain of a norm is, or is more than by a number; None if it is another value."""
     if norm.gain is None:
         return None, 0.0
-    gain, offset = uncast(norm.gain), 0.0
+    gain, offset = _squeezed(norm.gain), 0.0
     if target_of(gain) is aten.add.Tensor and isinstance(gain.args[1], int | float) and not gain.kwargs:
-        gain, offset = uncast(gain.args[0]), float(gain.args[1])  # type: ignore[arg-type]
-    return (gain, offset) if gain.op == "get_attr" and _fits(gain, norm.x) else None
+        gain, offset = _squeezed(gain.args[0]), float(gain.args[1])  # type: ignore[arg-type]
+    return (gain, offset) if _is_constant(gain, norm.x) and gain.meta["val"].ndim <= 2 else None
 
 
-def _products(layers: Sequence[fx.Node]) -> list[Product]:
+def _squeezed(gain: Any) -> fx.Node:
+    """A gain without dimensions of one that stand between lanes and channels, and casts."""
+    while (gain := uncast(gain)).target is aten.unsqueeze.default and gain.args[1] == 1:
+        gain = gain.args[0]
+    return gain  # type: ignore[no-any-return]
+
+
+def _products(layers: Sequence[Layer]) -> list[Product]:
     """What layers of one value become: pairs that gate each other, and each of the others with what follows it."""
     products, left = [], list(layers)
     for gate in layers:
-        activated, activation = _activated(gate)
-        product = None if activated is gate else _only_user(activated)
+        activated, activation = _activated(gate.result)
+        product = None if activated is gate.result else _only_user(activated)
         if product is None or target_of(product) is not aten.mul.Tensor:
             continue
-        other = next((each for each in left if each in product.args), None)
-        if other is not None and gate in left and _only_user(other) is product and _shape(other) == _shape(gate):
+        other = next((each for each in left if each.result in product.args), None)
+        if other is None or gate not in left or _only_user(other.result) is not product:
+            continue
+        if is_shape(other.result, _shape(gate.result)):
             products.append(Product([gate, other], product, activation, is_gated=True))
             left = [each for each in left if each not in (gate, other)]
-    products += [Product([layer], *_activated(layer)) for layer in left]
+    products += [Product([layer], *_activated(layer.result)) for layer in left]
     for each in products:
         total = _only_user(each.result)
         is_free = total is not None and all(total is not other.result for other in products)
         if total is not None and is_free and target_of(total) is aten.add.Tensor and not total.kwargs:
             residual = next((term for term in total.args if term is not each.result), None)
-            if isinstance(residual, fx.Node) and _shape(residual) == _shape(total) and _fits(residual, total):
+            lanes = [_shape(total), _shape(total)[1:]] if each.layers[0].is_stack else [_shape(total)]
+            if isinstance(residual, fx.Node) and is_shape(residual, *lanes) and _fits(residual, total):
                 each.result, each.residual = total, residual
     return products
 
 
-def _replace(graph: fx.Graph, siblings: Siblings, products: Sequence[Product]) -> None:
+def _replace(graph: fx.Graph, x: fx.Node, norm: RMSNorm | None, products: Sequence[Product]) -> None:
     """Put one operator in the place of products: of a single one, or of several with nothing behind them."""
-    linears = [linear for each in products for linear in each.linears]
-    weights = [linear.args[1] for linear in linears]
-    biases = [linear.args[2] if len(linear.args) > 2 else None for linear in linears]
-    gain, offset = (None, 0.0) if siblings.norm is None else _gain(siblings.norm) or (None, 0.0)
-    eps, one = None if siblings.norm is None else siblings.norm.eps, products[0]
+    layers = [layer for each in products for layer in each.layers]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    gain, offset = (None, 0.0) if norm is None else _gain(norm) or (None, 0.0)
+    x, eps, one = (x, None, products[0]) if norm is None else (norm.x, norm.eps, products[0])
     with graph.inserting_before(min((each.result for each in products), key=list(graph.nodes).index)):
-        args: Any = (siblings.x, weights, biases, gain, one.residual, eps, offset, one.activation, one.is_gated)
+        args: Any = (x, weights, biases, gain, one.residual, eps, offset, one.activation, one.is_gated)
         call = graph.call_function(multiply, args)
         for place, each in enumerate(products):
             result = graph.call_function(operator.getitem, (call, place))
