@@ -34,6 +34,7 @@ def check_operands(
     biases: Sequence[Tensor | None],
     gain: Tensor | None,
     residual: Tensor | None,
+    skip: Tensor | None,
     activation: str,
     is_gated: bool,
 ) -> None:
@@ -62,6 +63,8 @@ def check_operands(
     total = columns(weights, is_gated)
     if residual is not None and residual.shape not in ((1, rows, total), (lanes, rows, total)):
         raise InvalidInput(f"Rows {tuple(residual.shape)} cannot be added to the results.")
+    if skip is not None and (skip.shape != (rows,) or skip.dtype != torch.bool or skip.device != x.device):
+        raise InvalidInput(f"Decisions {skip.dtype} {tuple(skip.shape)} on {skip.device} are not one bool a row.")
     others = [each for each in (*weights, *biases, gain, residual) if each is not None]
     if any(other.dtype != x.dtype or other.device != x.device for other in others):
         raise InvalidInput(f"Rows of {x.dtype} on {x.device} with operands of other dtypes or devices.")
@@ -79,6 +82,7 @@ def row_linear(
     biases: Sequence[Tensor | None],
     gain: Tensor | None = None,
     residual: Tensor | None = None,
+    skip: Tensor | None = None,
     *,
     eps: float | None = None,
     offset: float = 0.0,
@@ -96,6 +100,8 @@ def row_linear(
         biases: [L, F_i] or None each.
         gain: [L, D] of the norm, None for one.
         residual: [L, R, F].
+        skip: bool [R]: products of these rows are zeros, whatever `x` and the weights hold. No weight is read where all
+            rows skip.
         eps: of the RMSNorm ``x * rsqrt(mean(x ** 2) + eps) * (gain + offset)``; None for no norm.
         offset: added to the gain.
         activation: one of `ACTIVATIONS`.
@@ -105,7 +111,7 @@ def row_linear(
     Raises:
         InvalidInput: see `check_operands`.
     """
-    check_operands(x, weights, biases, gain, residual, activation, is_gated)
+    check_operands(x, weights, biases, gain, residual, skip, activation, is_gated)
     exact = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(exact)
     if eps is not None:
@@ -118,12 +124,16 @@ def row_linear(
     ]
     act = ACTIVATIONS[activation]
     result = act(products[0]) * products[1] if is_gated else act(torch.cat(products, dim=-1))
+    if skip is not None:
+        result = result.masked_fill(skip.unsqueeze(-1), 0)
     return (result if residual is None else result + residual.to(exact)).to(x.dtype)
 
 
 @row_linear.register_fake
-def _(x, weights, biases, gain=None, residual=None, *, eps=None, offset=0.0, activation="none", is_gated=False):  # type: ignore[no-untyped-def]
-    check_operands(x, weights, biases, gain, residual, activation, is_gated)
+def _(  # type: ignore[no-untyped-def]
+    x, weights, biases, gain=None, residual=None, skip=None, *, eps=None, offset=0.0, activation="none", is_gated=False
+):
+    check_operands(x, weights, biases, gain, residual, skip, activation, is_gated)
     return x.new_empty(weights[0].shape[0], x.shape[1], columns(weights, is_gated))
 
 

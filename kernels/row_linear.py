@@ -50,6 +50,7 @@ def row_launch(
     biases: Sequence[Tensor | None],
     gain: Tensor | None,
     residual: Tensor | None,
+    skip: Tensor | None,
     out: Tensor,
     eps: float | None,
     offset: float,
@@ -61,7 +62,7 @@ def row_launch(
     """The launch that writes the result to `out`.
 
     Args:
-        x, weights, biases, gain, residual: operands that fit each other.
+        x, weights, biases, gain, residual, skip: operands that fit each other.
         out: [L, R, F], contiguous and not empty.
         eps, offset, activation, is_gated: see `skipstone.ir.row_linear.row_linear`.
         arch: of the device, such as 90; 0 for Triton's interpreter.
@@ -89,7 +90,8 @@ def row_launch(
             "x": x.contiguous(), "weights": tuple(weights),
             "biases": tuple(None if bias is None else bias.contiguous() for bias in biases),
             "gain": None if gain is None else gain.contiguous(),
-            "residual": None if residual is None else residual.contiguous(), "out": out,
+            "residual": None if residual is None else residual.contiguous(),
+            "skip": None if skip is None else skip.contiguous(), "out": out,
             "eps": 0.0 if eps is None else eps, "offset": offset,
         },
         {
@@ -111,19 +113,20 @@ def _(
     biases: Sequence[Tensor | None],
     gain: Tensor | None = None,
     residual: Tensor | None = None,
+    skip: Tensor | None = None,
     *,
     eps: float | None = None,
     offset: float = 0.0,
     activation: str = "none",
     is_gated: bool = False,
 ) -> Tensor:
-    check_operands(x, weights, biases, gain, residual, activation, is_gated)
+    check_operands(x, weights, biases, gain, residual, skip, activation, is_gated)
     properties = torch.cuda.get_device_properties(x.device)
     out = x.new_empty(weights[0].shape[0], x.shape[1], columns(weights, is_gated))
     if out.numel():
         arch = properties.major * 10 + properties.minor
         row_launch(
-            x, weights, biases, gain, residual, out, eps, offset, activation, is_gated, arch,
+            x, weights, biases, gain, residual, skip, out, eps, offset, activation, is_gated, arch,
             properties.multi_processor_count,
         )()  # fmt: skip
     return out
@@ -131,7 +134,7 @@ def _(
 
 @triton.jit
 def multiply_few_rows(
-    x, weights, biases, gain, residual, out, eps, offset,
+    x, weights, biases, gain, residual, skip, out, eps, offset,
     PARTS: tl.constexpr, LANES: tl.constexpr, STRIDES: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
@@ -141,7 +144,8 @@ def multiply_few_rows(
 
     SHARED says whether the lanes of x, the gain and the residual are one.
 
-    With OVERLAP, weights, biases and the gain are read before the kernels that were launched before are done.
+    With OVERLAP, weights, biases and the gain are read before the kernels that were launched before are done, unless
+    rows may skip: then it is the decisions that are read first.
     """
     begin_early(OVERLAP)
     number, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -151,20 +155,20 @@ def multiply_few_rows(
     residual = _own(residual, lane, 0 if SHARED[2] else ROWS * total)
     out = _own(out, lane, ROWS * total)
     if GATED:
-        _multiply(
+        _multiply_or_skip(
             x, _own(weights[0], lane, LANES[0]), _own(biases[0], lane, PARTS[0]), _own(weights[1], lane, LANES[1]),
-            _own(biases[1], lane, PARTS[0]), gain, residual, out, eps, offset, number, 0, PARTS[0], total, STRIDES[0],
-            STRIDES[1], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
+            _own(biases[1], lane, PARTS[0]), gain, residual, skip, out, eps, offset, number, 0, PARTS[0], total,
+            STRIDES[0], STRIDES[1], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
         )  # fmt: skip
     else:
         # Which weight it is follows from the number of the program; each has code of its own.
         for part in tl.static_range(len(PARTS)):
             first = _blocks(PARTS, part, BLOCK_N)
             if (number >= first) & (number < _blocks(PARTS, part + 1, BLOCK_N)):
-                _multiply(
+                _multiply_or_skip(
                     x, _own(weights[part], lane, LANES[part]), _own(biases[part], lane, PARTS[part]), None, None, gain,
-                    residual, out, eps, offset, number - first, _sum(PARTS, part), PARTS[part], total, STRIDES[part], 0,
-                    WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
+                    residual, skip, out, eps, offset, number - first, _sum(PARTS, part), PARTS[part], total,
+                    STRIDES[part], 0, WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
                 )  # fmt: skip
 
 
@@ -185,8 +189,39 @@ def _blocks(parts, count, block):
 
 
 @triton.jit
+def _multiply_or_skip(
+    x, weight, bias, other, other_bias, gain, residual, skip, out, eps, offset, block, before,
+    COLUMNS: tl.constexpr, TOTAL: tl.constexpr, STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """`_multiply`, unless all rows skip."""
+    is_needed = True
+    if skip is not None:
+        wait_for_kernels(OVERLAP)
+        skipping = 0
+        for row in tl.static_range(ROWS):
+            skipping += tl.load(skip + row).to(tl.int32)
+        is_needed = skipping < ROWS
+    if is_needed:
+        _multiply(
+            x, weight, bias, other, other_bias, gain, residual, skip, out, eps, offset, block, before, COLUMNS, TOTAL,
+            STRIDE, OTHER_STRIDE, WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
+        )  # fmt: skip
+    else:
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        present = column < COLUMNS
+        for row in tl.static_range(ROWS):
+            place = row * TOTAL + before + column
+            if residual is None:
+                tl.store(out + place, tl.zeros((BLOCK_N,), out.dtype.element_ty), mask=present)
+            else:
+                tl.store(out + place, tl.load(residual + place, present, 0.0), mask=present)
+
+
+@triton.jit
 def _multiply(
-    x, weight, bias, other, other_bias, gain, residual, out, eps, offset, block, before,
+    x, weight, bias, other, other_bias, gain, residual, skip, out, eps, offset, block, before,
     COLUMNS: tl.constexpr, TOTAL: tl.constexpr, STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -234,6 +269,8 @@ def _multiply(
         result = _activate(sums[row] + shift, ACTIVATION)
         if GATED:
             result *= other_sums[row] + other_shift
+        if skip is not None:
+            result = tl.where(tl.load(skip + row), 0.0, result)
         place = row * TOTAL + before + column
         if residual is not None:
             result += tl.load(residual + place, present, 0.0).to(tl.float32)

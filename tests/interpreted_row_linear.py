@@ -56,3 +56,13 @@ def test_what_has_no_kernel_is_refused() -> None:
         multiply(**{**given, "x": torch.randn(1, 1, 8), "weights": [huge]})
     with pytest.raises(Unsupported, match="float64"):
         multiply(**row_linear_cases.operands(CASES["plain"], torch.float64))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_nothing_is_read_where_every_row_skips(residual: bool) -> None:
+    given = row_linear_cases.operands(CASES["all skip, but for a sum"], torch.float32)
+    for tensor in (given["x"], *given["weights"]):
+        tensor.fill_(float("nan"))
+    given["residual"] = given["residual"] if residual else None
+    out = multiply(**given)
+    assert torch.equal(out, given["residual"] if residual else torch.zeros_like(out))

@@ -21,6 +21,7 @@ class Case:
     Attributes:
         rows: of x.
         width: of each row.
+        skip: "some" or "all" rows, if any can.
         lanes: of the weights, and of everything whose first letter is in `own`: "x", "gain", "residual".
         parts: columns of each weight.
     """
@@ -35,6 +36,7 @@ class Case:
     residual: bool = False
     activation: str = "none"
     is_gated: bool = False
+    skip: str = ""
     lanes: int = 1
     own: str = ""
 
@@ -57,6 +59,11 @@ CASES = {
     "lanes that share a gain": Case(
         1, 64, (16, 16), bias=True, norm=True, activation="silu", is_gated=True, lanes=2, own="x"
     ),
+    "one that may skip": Case(1, 40, (24, 24), norm=True, activation="silu", is_gated=True, skip="some"),
+    "some skip": Case(3, 40, (24,), bias=True, residual=True, skip="some"),
+    "some lanes skip": Case(2, 40, (24, 9), bias=True, norm=True, skip="some", lanes=3, own="xg"),
+    "all skip": Case(3, 40, (24, 9), bias=True, skip="all"),
+    "all skip, but for a sum": Case(2, 40, (24,), residual=True, skip="all"),
     "deep and gated": Case(1, 8193, (3, 3), bias=True, residual=True, activation="silu", is_gated=True),
 }
 
@@ -85,11 +92,17 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu", strided: bool 
         "biases": [random(case.lanes, part) if case.bias else None for part in case.parts],
         "gain": random(lanes("g"), case.width) if case.norm and case.gain else None,
         "residual": random(lanes("r"), case.rows, total) if case.residual else None,
+        "skip": _skip(case, device),
         "eps": 1e-2 if case.norm else None,
         "offset": case.offset,
         "activation": case.activation,
         "is_gated": case.is_gated,
     }
+
+
+def _skip(case: Case, device: str) -> Tensor | None:
+    rows = torch.arange(case.rows, device=device)
+    return {"": None, "some": rows % 2 == 1, "all": rows >= 0}[case.skip]
 
 
 def in_float64(given: dict[str, Any]) -> Tensor:
@@ -113,6 +126,8 @@ def in_float64(given: dict[str, Any]) -> Tensor:
     }
     act = named[given["activation"]]
     result = act(products[0]) * products[1] if given["is_gated"] else torch.cat([act(y) for y in products], -1)
+    if given["skip"] is not None:
+        result = result * (~given["skip"]).double()[:, None]
     return result if given["residual"] is None else result + given["residual"].double()
 
 
@@ -122,5 +137,5 @@ def check(run: Run, case: Case, dtype: torch.dtype = torch.float32, device: str 
     wanted = in_float64(given)
     result = run(**given)
     assert result.dtype == dtype and result.shape == wanted.shape
-    error = float((result.double() - wanted).abs().max() / wanted.abs().max())
-    assert error < TOLERANCE[dtype], error
+    error, size = (float(each.abs().max()) for each in (result.double() - wanted, wanted))
+    assert error <= TOLERANCE[dtype] * size, error

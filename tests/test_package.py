@@ -43,6 +43,7 @@ ROOMS: Mapping[str, Room] = {
             "skipstone.ir.dialect",
             "skipstone.ir.predicated",
             "skipstone.ir.quantized",
+            "skipstone.ir.row_linear",
             "skipstone.ir.formats",
             "skipstone.ir.errors",
         ),

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def calls(graph: fx.Graph) -> list[dict[str, Any]]:
     """What each operator of a graph takes in."""
-    names = ("x", "weights", "biases", "gain", "residual", "eps", "offset", "activation", "is_gated")
+    names = ("x", "weights", "biases", "gain", "residual", "skip", "eps", "offset", "activation", "is_gated")
     return [dict(zip(names, node.args, strict=True)) for node in graph.nodes if node.target is multiply]
 
 
@@ -37,6 +37,7 @@ def summary(call: dict[str, Any]) -> str:
     """Such as "norm 2 silu gated residual"."""
     parts = ["norm"] * (call["eps"] is not None) + [str(len(call["weights"]))]
     parts += [call["activation"]] * (call["activation"] != "none") + ["gated"] * call["is_gated"]
+    parts += ["may skip"] * (call["skip"] is not None)
     return " ".join([*parts, *["residual"] * (call["residual"] is not None)])
 
 
@@ -148,11 +149,11 @@ def test_norms_that_change_the_dtype_stay_apart() -> None:
         assert call["x"].meta["val"].dtype == torch.float32
 
 
-AT_ONCE: dict[str, tuple[Unit, dict[str, int]]] = {
-    "layer": ("layer", {"norm 1": 2, "1": 2, "1 residual": 1}),
-    "two_stage": ("two_stage", {"norm 1": 2, "1": 1, "1 residual": 2}),
+AT_ONCE: dict[str, tuple[Unit, dict[str, int], int]] = {
+    "layer": ("layer", {"norm 1": 2, "1": 2, "1 residual": 1}, 2),
+    "two_stage": ("two_stage", {"norm 1": 2, "1": 1, "1 residual": 2}, 0),
 }
-"""Fused layers: of all lanes are queries, keys and values, and the FFN's first layers; others are wide."""
+"""Fused layers in float32, and how many products have lanes: those that read the same rows are one wide layer."""
 
 
 def at_once(unit: Unit) -> Program:
@@ -169,18 +170,29 @@ def test_layers_at_the_same_time_are_lanes(unit: str) -> None:
     assert Counter(map(summary, found)) == AT_ONCE[unit][1]
     stacks = [call for call in found if call["weights"][0].meta["val"].ndim == 3]
     assert all(call["gain"].meta["val"].shape == (3, 32) for call in stacks if call["eps"] is not None)
-    assert len(stacks) == (3 if unit == "layer" else 2)
+    assert len(stacks) == AT_ONCE[unit][2]
     assert all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in graph.find_nodes(op="placeholder"))
 
 
+def test_layers_that_tokens_may_skip() -> None:
+    found = Counter(map(summary, calls(decode_graph(lower(rewritten("llama", "adaptive"))))))
+    first = {"norm 2 silu gated": 1}  # which has no FFN before to be compared with
+    others = {"norm 2 silu gated may skip": 2, "1 may skip residual": 2}
+    assert found == {"norm 3": 3, "1 residual": 4, "1": 1} | first | others
+
+
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("plan", ["plain", *AT_ONCE])
+@pytest.mark.parametrize("plan", ["plain", "adaptive", *AT_ONCE])
 def test_the_operator_computes_what_the_plain_form_does(plan: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on a GPU, with the operator's reference in the place of its kernel."""
-    lowered = lower(rewritten("llama") if plan == "plain" else at_once(AT_ONCE[plan][0]))
+    lowered = lower(at_once(AT_ONCE[plan][0]) if plan in AT_ONCE else rewritten("llama", plan))
     graph = decode_graph(lowered)
     generator = torch.Generator().manual_seed(0)
-    known = {"start": torch.tensor([5, 7]), "position_ids": torch.tensor([[5], [7]])}
+    known = {
+        "start": torch.tensor([5, 7]),
+        "decode_start": torch.tensor([2, 3]),
+        "position_ids": torch.tensor([[5], [7]]),
+    }
     inputs = []
     for port, node in zip(lowered.inputs, graph.find_nodes(op="placeholder"), strict=True):
         value = node.meta["val"]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from skipstone.ir.norms import RMSNorm, is_shape, rms_norm, target_of, uncast
+from skipstone.ir.predicated import PREDICATED_LINEAR
 from skipstone.ir.row_linear import ACTIVATIONS, ROW_LINEAR
 
 aten = torch.ops.aten
@@ -31,17 +32,19 @@ class Layer:
         result: [B, S, F], or [N, B, S, F] for N lanes.
         weight: [F, D] or [N, F, D].
         bias: [F], and none for lanes.
+        skip: the tokens [B, S] whose results are zeros, if any can be.
     """
 
     result: fx.Node
     weight: fx.Node
     bias: fx.Node | None
+    skip: fx.Node | None = None
 
     @property
     def x(self) -> fx.Node:
         """What it reads, [B, S, D] or [N, B, S, D], as the graph is now."""
         node: Any = self.result
-        return node.args[0] if node.target is aten.linear.default else node.args[0].args[0].args[0]  # type: ignore[no-any-return]
+        return node.args[0].args[0].args[0] if self.is_stack else node.args[0]  # type: ignore[no-any-return]
 
     @property
     def is_stack(self) -> bool:
@@ -75,7 +78,7 @@ def gather_products(graph: fx.Graph) -> None:
     by_operand: dict[Any, list[Layer]] = {}
     for node in graph.nodes:
         if (layer := _layer(node)) is not None:
-            by_operand.setdefault((layer.x, layer.is_stack), []).append(layer)
+            by_operand.setdefault((layer.x, layer.is_stack, layer.skip), []).append(layer)
     _hoist_constants(graph)
     for layers in by_operand.values():
         x = layers[0].x
@@ -98,6 +101,7 @@ def multiply(
     biases: Sequence[Tensor | None],
     gain: Tensor | None,
     residual: Tensor | None,
+    skip: Tensor | None,
     eps: float | None,
     offset: float,
     activation: str,
@@ -110,6 +114,7 @@ def multiply(
         weights: [F, D] each, or [N, F, D].
         biases, gain: one tensor, or one for each lane.
         residual: of the shape of the results, or the same for all lanes.
+        skip: [B, S], for weights without lanes.
     """
     is_stack = weights[0].dim() == 3
     shape = x.shape[1:-1] if is_stack and x.dim() == 4 else x.shape[:-1]
@@ -121,6 +126,7 @@ def multiply(
             [bias if is_stack or bias is None else bias.unsqueeze(0) for bias in biases],
             gain if gain is None or gain.dim() == 2 else gain.unsqueeze(0),
             None if residual is None else _in_lanes(residual, shape.numel()),
+            None if skip is None else skip.reshape(-1),
             eps=eps, offset=offset, activation=activation, is_gated=is_gated,
         )  # fmt: skip
         widths = [result.shape[-1]] if is_gated else [weight.shape[-2] for weight in weights]
@@ -136,6 +142,8 @@ def multiply(
     if is_stack:
         stacked = _in_lanes(x, shape.numel()).expand(*lanes, -1, -1)
         results = [matmul(stacked, weight.mT).reshape(*lanes, *shape, -1) for weight in weights]
+    elif skip is not None:
+        results = [PREDICATED_LINEAR(x, weight, skip, bias) for weight, bias in zip(weights, biases, strict=True)]
     else:
         results = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     act = ACTIVATIONS[activation]
@@ -177,6 +185,10 @@ def _layer(node: fx.Node) -> Layer | None:
         x, weight, bias = (*node.args, None)[:3]
         is_constant = all(each is None or _is_constant(each, x) for each in (weight, bias))
         return Layer(node, weight, bias) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
+    if node.target is PREDICATED_LINEAR:
+        x, weight, skip, bias = (*node.args, None)[:4]
+        is_constant = all(each is None or _is_constant(each, x) for each in (weight, bias))
+        return Layer(node, weight, bias, skip) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
     return _stack(node)
 
 
@@ -259,7 +271,7 @@ def _replace(graph: fx.Graph, x: fx.Node, norm: RMSNorm | None, products: Sequen
     gain, offset = (None, 0.0) if norm is None else _gain(norm) or (None, 0.0)
     x, eps, one = (x, None, products[0]) if norm is None else (norm.x, norm.eps, products[0])
     with graph.inserting_before(min((each.result for each in products), key=list(graph.nodes).index)):
-        args: Any = (x, weights, biases, gain, one.residual, eps, offset, one.activation, one.is_gated)
+        args: Any = (x, weights, biases, gain, one.residual, layers[0].skip, eps, offset, one.activation, one.is_gated)
         call = graph.call_function(multiply, args)
         for place, each in enumerate(products):
             result = graph.call_function(operator.getitem, (call, place))
