@@ -86,7 +86,7 @@ def variant_launches(variant: Variant, arch: str) -> list[Launch]:
         InvalidPlan: the format does not fit the head size.
         Unsupported: the kernels refuse the call.
     """
-    call = variant_call(variant, _capability(arch))
+    call = variant_call(variant, capability(arch))
     call.check()
     return list(launches(call, call.q.new_empty(call.q.shape), PROCESSORS))
 
@@ -130,7 +130,12 @@ def variant_call(variant: Variant, arch: int) -> Call:
     )  # fmt: skip
 
 
-def _capability(arch: str) -> int:
+def capability(arch: str) -> int:
+    """The compute capability times ten of an architecture such as "sm_90".
+
+    Raises:
+        Unsupported: it is not the name of one.
+    """
     match = re.fullmatch(r"sm_(\d+)", arch)
     if match is None:
         raise Unsupported(f"architecture {arch!r}", hint='Name one such as "sm_80" or "sm_90".')
@@ -145,7 +150,7 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     Raises:
         Unsupported: `arch` is not the name of an NVIDIA architecture, or kernels run in Triton's interpreter.
     """
-    target = GPUTarget("cuda", _capability(arch), 32)
+    target = GPUTarget("cuda", capability(arch), 32)
     if not isinstance(launch.kernel, JITFunction):
         raise Unsupported("compiling kernels in Triton's interpreter", hint="Unset TRITON_INTERPRET.")
     return triton.compile(_source(launch), target=target, options=dict(launch.options))

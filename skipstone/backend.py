@@ -190,6 +190,11 @@ def _refuse_plan(plan: Plan) -> None:
             )
         if isinstance(entry, LayerParallel):
             entry.validate()
+            if entry.kv != "iterate":
+                raise Unsupported(
+                    f"layer_parallel with kv={entry.kv!r} in a torch.compile backend, where the model keeps its cache",
+                    hint="Use kv='iterate', or skipstone.optimize(model, plan).",
+                )
 
 
 def _refuse_frame(graph: fx.GraphModule, inputs: Sequence[Any]) -> None:

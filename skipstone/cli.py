@@ -1,4 +1,4 @@
-"""The command line: look at a model, or optimize it and let it speak."""
+"""The command line: look at a model, optimize it and let it speak, or export it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone import __version__
-from skipstone.ir.errors import InvalidPlan, SkipstoneError, Unsupported, UserError
+from skipstone.ir.errors import InternalError, InvalidPlan, SkipstoneError, Unsupported, UserError
 
 USER_ERROR, UNSUPPORTED, DEFECT = 2, 3, 1
 WINDOWS, WINDOW = 64, 512
@@ -61,10 +61,36 @@ def _parser() -> argparse.ArgumentParser:
     optimize.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     optimize.add_argument("--measure", action="store_true", help="time the model and the executable on the prompt")
 
-    for command in (inspect, optimize):
+    export = commands.add_parser("export", help="carry out a plan and write the model as ONNX")
+    export.set_defaults(run=_export)
+    export.add_argument("--plan", type=Path, metavar="FILE", help="plan to carry out (JSON)")
+    export.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on")
+    export.add_argument("--format", default="onnx", help="onnx (optimum's names) or genai (for onnxruntime-genai, too)")
+    export.add_argument("--opset", type=_positive, default=23, metavar="N", help="23, or higher by ONNX's converter")
+    export.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
+
+    kernels = commands.add_parser("kernels", help="compile the Triton kernels for an architecture and check them")
+    actions = kernels.add_subparsers(required=True, metavar="ACTION")
+    compile_ = actions.add_parser("compile", help="compile all of them, without a GPU, and show what they need")
+    compile_.set_defaults(run=_compile_kernels)
+    compile_.add_argument("--arch", required=True, metavar="sm_90", help="architecture to compile for")
+
+    for command in (inspect, optimize, export):
         command.add_argument("model", metavar="MODEL", help="directory, hub name, or package.module:function")
         command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    export.add_argument("out", type=Path, metavar="OUT", help="directory to write")
     return parser
+
+
+def _compile_kernels(arguments: argparse.Namespace) -> None:
+    from skipstone.compile_kernels import compile_kernels, table
+
+    compiled = compile_kernels(arguments.arch)
+    print(table(compiled))
+    spilling = sum(1 for _, needs in compiled if needs.spilled)
+    if spilling:
+        raise InternalError(f"{spilling} of {len(compiled)} kernels spill registers on {arguments.arch}")
+    print(f"{len(compiled)} kernels compiled for {arguments.arch}; none spills registers.")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -155,6 +181,31 @@ def _optimize(arguments: argparse.Namespace) -> None:
             raise Unsupported("generating text with a model that is no causal language model", where=arguments.model)
         generated = executable.generate(tokens, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         print(f"\n{tokenizer.decode(generated[0], skip_special_tokens=True)}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from skipstone.export import export_onnx
+    from skipstone.plan import Plan
+
+    plan = Plan.load(arguments.plan) if arguments.plan else None
+    model = load_model(arguments.model, arguments.trust_remote_code)
+    tokenizer = calibration = None
+    if arguments.calibration is not None or Path(arguments.model, "tokenizer_config.json").exists():
+        tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+    if arguments.calibration is not None:
+        calibration = _calibration(arguments.calibration, tokenizer, model)
+    report = export_onnx(
+        model,
+        arguments.out,
+        plan,
+        format=arguments.format,
+        opset=arguments.opset,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        overwrite=arguments.overwrite,
+    )
+    print(report)
+    print(f"\n{arguments.out} holds the exported model.")
 
 
 def _plan(arguments: argparse.Namespace) -> Any:

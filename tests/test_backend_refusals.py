@@ -112,6 +112,15 @@ def test_what_a_call_does_not_show_is_refused(entry: Any, unseen: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kv", ["last", "final"])
+def test_a_cache_that_skipstone_lays_out_is_refused(kv: str) -> None:
+    plan = Plan([LayerParallel((Segment(0, 2),), kv=kv)])
+    assert refusal(Unsupported, Blocks(), x(), options={"plan": plan}) == (
+        f"unsupported: layer_parallel with kv='{kv}' in a torch.compile backend, where the model keeps its cache. "
+        "Use kv='iterate', or skipstone.optimize(model, plan)."
+    )
+
+
 @torch.no_grad()
 def test_several_iterations_over_a_cache_are_refused() -> None:
     model = tiny_model("llama")
