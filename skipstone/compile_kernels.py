@@ -37,7 +37,7 @@ def compile_kernels(arch: str, progress: bool = True) -> list[tuple[Entry, Usage
 
 
 def table(compiled: Sequence[tuple[Entry, Usage]]) -> str:
-    """What each kernel needs, as a table for people: registers of a thread, and bytes that spill and that are shared."""
+    """What each kernel needs, as a table for people: registers of a thread, and bytes that spill or are shared."""
     from rich.table import Table
 
     from skipstone.report import render

@@ -113,7 +113,7 @@ def test_what_a_call_does_not_show_is_refused(entry: Any, unseen: str) -> None:
 
 
 @pytest.mark.parametrize("kv", ["last", "final"])
-def test_a_cache_that_skipstone_lays_out_is_refused(kv: str) -> None:
+def test_a_cache_that_skipstone_lays_out_is_refused(kv: Any) -> None:
     plan = Plan([LayerParallel((Segment(0, 2),), kv=kv)])
     assert refusal(Unsupported, Blocks(), x(), options={"plan": plan}) == (
         f"unsupported: layer_parallel with kv='{kv}' in a torch.compile backend, where the model keeps its cache. "
