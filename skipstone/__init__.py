@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from skipstone.budget import Budget as Budget
     from skipstone.budget import Certificate as Certificate
     from skipstone.calibrate import tokenize as tokenize
+    from skipstone.export import export_onnx as export_onnx
     from skipstone.find import find_adaptive_ffn as find_adaptive_ffn
     from skipstone.find import find_layer_parallel as find_layer_parallel
     from skipstone.find import find_skip_by_prompt as find_skip_by_prompt
@@ -57,6 +58,7 @@ _HOME = {
     "SkipSublayers": "skipstone.passes.skip_sublayers",
     "backend": "skipstone.backend",
     "compare_segments": "skipstone.segments",
+    "export_onnx": "skipstone.export",
     "find_adaptive_ffn": "skipstone.find",
     "find_layer_parallel": "skipstone.find",
     "find_skip_by_prompt": "skipstone.find",

@@ -100,28 +100,17 @@ def optimize(
         Unsupported: something that would not be exact.
     """
     plan = Plan([]) if plan is None else plan
-    if not isinstance(plan, Plan):
-        raise UserError(f"plan is {type(plan).__name__}, expected skipstone.Plan.", hint="Use Plan.load(path).")
     refuse_unusable(model)
     if max_length is not None and max_length < 1:
         raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
     target = _resolve(target, model)
-    for entry in plan:
-        if isinstance(entry, (LayerParallel, SkipByPrompt, SkipFFNAdaptive)):
-            entry.validate()
-    _check_quantization(plan, target, calibration is not None)
+    check_plan(plan, target, calibration is not None)
     _check_budget(budget, plan, calibration, cache)
-    stages = _Stages(progress)
+    stages = Stages(progress)
     with stages("capture"):
         captured = capture(model, example_inputs, dynamic_shapes)
+        check_model(plan, captured)
         batches = [] if calibration is None else token_batches(calibration, captured.source)
-    if plan.model not in (None, captured.source.fingerprint):
-        stages.close()
-        raise InvalidPlan(
-            f"the plan was made for another model (fingerprint {plan.model[:12]}..., this one has "
-            f"{captured.source.fingerprint[:12]}...).",
-            hint="Make a plan for this model, or set its 'model' to null if the layers mean the same.",
-        )
 
     def build(plan: Plan, batches: Sequence[Batch] = batches) -> Executable:
         with stages("rewrite"):
@@ -129,23 +118,13 @@ def optimize(
             program, refusal = rewrite(captured, plan, **options)  # type: ignore[arg-type]
         with stages("lower"):
             session = lower(program, target, threads)
-        report = Report(
-            model=captured.source.name,
-            target=target,
-            threads=threads,
-            remarks=tuple(remark for record in program.history for remark in record.remarks),
-            before=footprint(captured),
-            after=footprint(program),
-            stages=tuple(stages.done),
-            conversions=conversions(captured, program),
-            cache=_cache_line(program, refusal, cache),
-        )
+        report = report_of(captured, program, target, cache_line(program, refusal, cache), stages, threads)
         return Executable(
             session,
             config=getattr(model, "config", None),
             generation_config=getattr(model, "generation_config", None),
             report=report,
-            plan=_carried_out(plan, program, bool(batches)),
+            plan=carried_out(plan, program, bool(batches)),
             target=target,
             threads=threads,
             max_length=max_length,
@@ -166,7 +145,7 @@ def _build_within(
     captured: Program,
     plan: Plan,
     batches: Sequence[Batch],
-    stages: _Stages,
+    stages: Stages,
 ) -> Executable:
     """The executable of the plan, or without one of what a search finds, if it is proved to keep the budget."""
     chosen_on, proved_on = hold_out(batches)
@@ -183,7 +162,24 @@ def _build_within(
     return within(lambda each: build(each, chosen_on), plans, budget, proved_on, stages.progress)
 
 
-def _carried_out(plan: Plan, program: Program, calibrated: bool) -> Plan:
+def report_of(
+    captured: Program, program: Program, target: str, cache: str, stages: Stages, threads: int | None = None
+) -> Report:
+    """What was done from a captured program to a rewritten one; `cache` says whether that has a cache, in one line."""
+    return Report(
+        model=captured.source.name,
+        target=target,
+        threads=threads,
+        remarks=tuple(remark for record in program.history for remark in record.remarks),
+        before=footprint(captured),
+        after=footprint(program),
+        stages=tuple(stages.done),
+        conversions=conversions(captured, program),
+        cache=cache,
+    )
+
+
+def carried_out(plan: Plan, program: Program, calibrated: bool) -> Plan:
     """The plan for this model, with what was calibrated for it; scales measured anew are not those that were proved."""
     proved = () if calibrated else plan.certificates
     return replace(plan, model=program.source.fingerprint, tensors=program.calibration, certificates=proved)
@@ -263,6 +259,37 @@ def prepare_quantization(
     if split := quantize.split(program):  # behind conditioning: heads that were split apart share their projections
         program = run_pass(split, program, strict)
     return program
+
+
+def check_plan(plan: Plan, target: str, calibrated: bool) -> None:
+    """Refuse a plan that no model fits, or that the target cannot carry out, before any work begins.
+
+    Args:
+        calibrated: whether there is calibration data.
+    Raises:
+        UserError: it is no plan, an entry has impossible settings, or calibration data is missing.
+        Unsupported: the target has no such format of keys and values.
+    """
+    if not isinstance(plan, Plan):
+        raise UserError(f"plan is {type(plan).__name__}, expected skipstone.Plan.", hint="Use Plan.load(path).")
+    for entry in plan:
+        if isinstance(entry, (LayerParallel, SkipByPrompt, SkipFFNAdaptive)):
+            entry.validate()
+    _check_quantization(plan, target, calibrated)
+
+
+def check_model(plan: Plan, captured: Program) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        InvalidPlan: its fingerprint is another one.
+    """
+    if plan.model not in (None, captured.source.fingerprint):
+        raise InvalidPlan(
+            f"the plan was made for another model (fingerprint {plan.model[:12]}..., this one has "
+            f"{captured.source.fingerprint[:12]}...).",
+            hint="Make a plan for this model, or set its 'model' to null if the layers mean the same.",
+        )
 
 
 def _quantization(plan: Plan) -> QuantizeKV | None:
@@ -411,13 +438,13 @@ def _is_half(program: Program) -> bool:
     return any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in program.tensors().values())
 
 
-def _cache_line(program: Program, refusal: Unsupported | None, asked: bool) -> str:
+def cache_line(program: Program, refusal: Unsupported | None, asked: bool) -> str:
     if program.slots():
         return f"{len(program.slots())} slots"
     return f"refused: {refusal}" if refusal is not None else ("none" if asked else "not asked for")
 
 
-class _Stages:
+class Stages:
     """Times the stages of one call, and shows them as a progress bar."""
 
     def __init__(self, progress: bool) -> None:

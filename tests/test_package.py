@@ -60,6 +60,7 @@ EXCEPTIONS: Mapping[str, str] = {
     "ir/capture/huggingface.py": "transformers",
     "skipstone/adapters.py": "peft",
     "runtime/generate.py": "transformers",
+    "runtime/onnx/runner.py": "tokenizers",
 }
 """The one further package that a file may import."""
 

@@ -39,11 +39,15 @@ Results = Sequence[ir.Value]  # the output, and the caches of keys and values
 Form = Callable[[BranchTape], Results]
 
 
-def expand(model: ir.Model) -> None:
-    """Put conditions around every GroupQueryAttention that has more than one form."""
+def expand(model: ir.Model, in_place: bool = True) -> None:
+    """Put conditions around every GroupQueryAttention that has more than one form.
+
+    Args:
+        in_place: whether caches have room for the new rows; otherwise those forms are left out that write them there.
+    """
     conditions: dict[str, ir.Value] = {}
     for node in [node for node in model.graph if node.op_type == _OPERATOR]:
-        _Expansion(model.graph, node, conditions).run()
+        _Expansion(model.graph, node, conditions, in_place).run()
 
 
 class _Expansion:
@@ -51,10 +55,11 @@ class _Expansion:
 
     Args:
         conditions: those that are in the graph already, by name; all nodes share them.
+        in_place: see `expand`.
     """
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, conditions: dict[str, ir.Value]) -> None:
-        self.graph, self.node, self.conditions = graph, node, conditions
+    def __init__(self, graph: ir.Graph, node: ir.Node, conditions: dict[str, ir.Value], in_place: bool) -> None:
+        self.graph, self.node, self.conditions, self.in_place = graph, node, conditions, in_place
         self.input = dict(zip(_INPUTS, node.inputs, strict=True))
         self.query, self.total = self.input["query"], self.input["total_sequence_length"]
         self.option: dict[str, Any] = {name: attribute.value for name, attribute in node.attributes.items()}
@@ -76,14 +81,15 @@ class _Expansion:
         """The forms that this node has beside itself, each with the condition that it is for; the first one counts."""
         forms: list[tuple[ir.Value, Form]] = []
         # A window of 1 would be a cache without rows.
-        if (window := self.option.get("local_window_size", 0)) > 1:
+        if self.in_place and (window := self.option.get("local_window_size", 0)) > 1:
             # Copying the window pays from two windows on where the kernel is slow, from three on in float32.
             rows = window * (3 if self.bits == 32 else 2)
             forms.append((self._condition(f"beyond_{rows}", partial(self._is_beyond, rows)), self._window))
         if self.bits < 32:
             if self.input["head_sink"] is None:
                 forms.append((self._condition("single", self._is_single), self._with_neutral_sinks))
-            forms.append((self._condition("first", self._is_first), self._first_prompt))
+            if self.in_place:
+                forms.append((self._condition("first", self._is_first), self._first_prompt))
         return forms
 
     def _choice(self, tape: BranchTape, forms: Sequence[tuple[ir.Value, Form]]) -> Results:

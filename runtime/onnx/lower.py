@@ -1,7 +1,7 @@
-"""From a program to an ONNX model, with opset 23 and `com.microsoft` operators only.
+"""From a program to an ONNX model of standard and `com.microsoft` operators only.
 
 The program's graph is interpreted once under `torch.export`: there the operators that have a better ONNX form than
-torch.onnx's own become that form (`_OnnxForms`), dialect operators without one become their reference in plain
+torch.onnx's own become that form (`OnnxForms`), dialect operators without one become their reference in plain
 operators, and everything else stays ATen, which torch.onnx converts. Weights never pass through the model: large
 tensors are external data that the session takes from torch memory, under the names that they have in the program.
 """
@@ -24,35 +24,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from skipstone.ir.dialect import (
-    ATTENTION,
-    CACHED_ATTENTION,
-    EXPERTS,
-    GATE,
-    PROMPT_MEAN,
-    PROMPT_TURN,
-    QUANTIZED_CACHED_ATTENTION,
-    SKIP_PREDICATE,
-    WRITE_CACHE,
-    WRITING_OPS,
-    Kind,
-    attention_reference,
-    cached_attention_reference,
-    first_buffer,
-    key_bias_products,
-)
+from skipstone.ir.dialect import WRITING_OPS, first_buffer
 from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
-from skipstone.ir.formats import parse
-from skipstone.ir.keeping import write_cache_reference
 from skipstone.ir.program import Port, Program, Role, module_path
-from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.runtime.onnx import attention, experts, gates
+from skipstone.runtime.onnx.forms import OnnxForms
 from skipstone.runtime.onnx.layouts import cancel_moves
-from skipstone.runtime.onnx.operators import gather_operators, rotary
-from skipstone.runtime.onnx.quantized import MICROSOFT, quantization, refuse_attentions
+from skipstone.runtime.onnx.operators import gather_operators
+from skipstone.runtime.onnx.opsets import OPSET, at_opset
+from skipstone.runtime.onnx.places import keep_places, name_nodes, note_passes
+from skipstone.runtime.onnx.quantized import refuse_attentions
 from skipstone.runtime.session import written_buffers
 
-OPSET = 23
 MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 PAGE = 4096
 EXTERNAL_FROM_BYTES = 1024
@@ -81,11 +64,15 @@ class LoweredModel:
     written: dict[str, str]
 
 
-def lower(program: Program, directory: Path | None = None) -> LoweredModel:
+def lower(
+    program: Program, directory: Path | None = None, forms: type[OnnxForms] = OnnxForms, opset: int = OPSET
+) -> LoweredModel:
     """Lower a program to ONNX.
 
     Args:
         program: in float32; left as it is.
+        forms: the forms that its operators take.
+        opset: version of the standard operators, from `OPSET` on.
         directory: where to write ``model.onnx`` and its weights too, if anywhere: a directory that is empty or does not
             exist yet. It comes into being whole or not at all.
     Raises:
@@ -94,21 +81,26 @@ def lower(program: Program, directory: Path | None = None) -> LoweredModel:
     """
     _check_dtypes(program)
     refuse_attentions(program)
-    program = _with_all_writes(gather_operators(program))
-    exported = _export(program)
+    program = gather_operators(program)
+    if forms.in_place:
+        program = _with_all_writes(program)
+    note_passes(program)
+    exported = _export(program, forms)
     try:
         model = _to_onnx(exported)
     except torch.onnx.errors.OnnxExporterError as error:
         raise _refusal(error, program) from error
     del exported
     experts.expand(model)
-    attention.expand(model)
+    attention.expand(model, forms.in_place)
     cancel_moves(model)
     _name_ports(model, program)
     tensors = _externalize(model, program)
-    _keep_places_only(model)
-    gates.expand(model)  # last: nothing else looks into branches
-    proto = ir.to_proto(model).SerializeToString()
+    keep_places(model)
+    gates.expand(model)  # behind all else: nothing else looks into branches
+    name_nodes(model)
+    _name_sizes(model, program, forms)
+    proto = at_opset(ir.to_proto(model), opset).SerializeToString()
     if directory is not None:
         _save(proto, tensors, directory)
     inputs, outputs = (tuple(port.name for port in ports) for ports in (program.inputs, program.outputs))
@@ -139,226 +131,25 @@ def _check_dtypes(program: Program) -> None:
             )
 
 
-class _OnnxForms(fx.Interpreter):
-    """Runs a program's graph with the operators that we choose an ONNX form for in that form."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.lengths: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
-        self.halves: dict[Tensor, Tensor] = {}
-        self.bounds: dict[tuple[Any, ...], Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is torch.ops.aten.matmul.default and (weight := _transposed_weight(n)) is not None:
-            x, stack = self.env[n.args[0]], self.env[weight]  # type: ignore[index]
-            return _linear(x, stack)
-        return super().run_node(n)
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        match target:
-            case torch.ops.aten.linear.default if args[1].dim() == 2:
-                return _linear(*args, **kwargs)
-            case _ if target == ATTENTION:
-                return attention_reference(*args, **kwargs)
-            case _ if target == CACHED_ATTENTION and _has_group_query_form(*args, **kwargs):
-                return self._group_query_attention(*args, **kwargs)
-            case _ if target == CACHED_ATTENTION:
-                return cached_attention_reference(*args, **kwargs)
-            case _ if target == WRITE_CACHE:
-                return write_cache_reference(*args)
-            case _ if target == QUANTIZED_CACHED_ATTENTION:
-                return self._quantized_attention(*args, **kwargs)
-            case _ if target is rotary:
-                return self._rotary_embedding(*args)
-            case _ if target == EXPERTS:
-                return experts.symbol(*args, **kwargs)
-            case _ if target == SKIP_PREDICATE:
-                return self._skip_predicate(*args, **kwargs)
-            case _ if target == PROMPT_TURN:
-                return prompt_turn_reference(*args)
-            case _ if target == PROMPT_MEAN:
-                return prompt_mean_reference(*args)
-            case _ if target == GATE:
-                return gates.symbol(*args)
-        return super().call_function(target, args, kwargs)
-
-    def _skip_predicate(
-        self,
-        before: Tensor,
-        after: Tensor,
-        start: Tensor,
-        decode_start: Tensor,
-        met: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """`skip_predicate`; what each token's cosine has to reach is found out once for all sublayers."""
-        key = (start, decode_start, *options.values())
-        if key not in self.bounds:
-            self.bounds[key] = gates.bounds(before.shape[1], start, decode_start, **options)
-        return gates.predicate(before, after, self.bounds[key], met)
-
-    def _rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`rotary` on rows [B, S, N * D], which is how a projection leaves them; its own layout would be transposed."""
-        batch, heads, rows, width = x.shape
-        for angle in (cos, sin):
-            if angle not in self.halves:
-                self.halves[angle] = angle[:, 0, :, : width // 2]
-        flat = x.transpose(1, 2).reshape(batch, rows, heads * width)
-        turned = torch.onnx.ops.rotary_embedding(flat, self.halves[cos], self.halves[sin], num_heads=heads)
-        return turned.reshape(batch, rows, heads, width).transpose(1, 2)
-
-    def _group_query_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        start: Tensor,
-        bias: Tensor | None = None,
-        sinks: Tensor | None = None,
-        key_bias: Tensor | None = None,
-        frequencies: Tensor | None = None,
-        scales: tuple[Tensor | None, Tensor | None] = (None, None),
-        *,
-        scale: float,
-        kind: str,
-        window: int = 0,
-        softcap: float = 0.0,
-        slot: int = -1,
-        first_position: int = 0,
-        **quantization: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`cached_attention` as GroupQueryAttention; it writes in place when past and present are one buffer.
-
-        Args:
-            scales: of the keys and the values of a quantized cache, float32 [KH, D].
-            quantization: the attributes that go with them.
-        """
-        batch, heads, rows, width = q.shape
-        if start not in self.lengths:
-            # `query_seqlens` lets a batch continue with several tokens each, from different starts; `total` is then an
-            # upper bound only.
-            last = start + (rows - 1)
-            total = (last.max() + 1).to(torch.int32)
-            self.lengths[start] = last.to(torch.int32), total, torch.full_like(start, rows, dtype=torch.int32)
-        last, total, count = self.lengths[start]
-        flat = [x.transpose(1, 2).reshape(batch, rows, x.shape[1] * width) for x in (q, k, v)]
-        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": k.shape[1], "scale": scale, "do_rotary": 0}
-        attributes |= quantization
-        if kind == Kind.SLIDING:
-            attributes["local_window_size"] = window
-        if softcap > 0:
-            attributes["softcap"] = softcap
-        # The operator wants as many columns as the longest sequence has rows.
-        columns: Any = 0 if key_bias is None else total.item()
-        constant = key_bias_products(q, key_bias, frequencies, columns, first_position)
-        if constant is not None:
-            bias = constant * scale
-        inputs = (*flat, k_cache, v_cache, last, total, None, None, None, bias, sinks, *scales, None, None, count)
-        out, keys, values = torch.onnx.ops.symbolic_multi_out(
-            f"{MICROSOFT}::GroupQueryAttention",
-            inputs,
-            attributes,
-            dtypes=(q.dtype, k_cache.dtype, v_cache.dtype),
-            shapes=((batch, rows, heads * width), k_cache.shape, v_cache.shape),
-            version=1,
-        )
-        return out.reshape(batch, rows, heads, width).transpose(1, 2), keys, values
-
-    def _quantized_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cache: list[Tensor],
-        v_cache: list[Tensor],
-        start: Tensor,
-        count: Tensor | None = None,
-        k_static: Tensor | None = None,
-        v_static: Tensor | None = None,
-        *constants: Tensor | None,
-        k_format: str,
-        v_format: str,
-        residual: int = 0,
-        first: int = 0,
-        **options: Any,
-    ) -> list[Tensor]:
-        """`quantized_cached_attention` over codes with one static scale a channel."""
-        operands = (q, k, v, k_cache[0], v_cache[0], start, None, *constants)
-        options |= {"scales": (k_static, v_static), **quantization(parse(k_format).bits)}
-        out = self._group_query_attention(*operands, **options)  # type: ignore
-        return list(out)
-
-
-def _transposed_weight(product: fx.Node) -> fx.Node | None:
-    """The stack of weights [N, F, D] that a product with values [N, rows, D] reads transposed, if it does."""
-    x, factor = product.args[:2]
-    transposes = isinstance(factor, fx.Node) and factor.target is torch.ops.aten.transpose.int
-    if not transposes or not isinstance(x, fx.Node) or x.meta["val"].ndim != 3:
-        return None
-    weight, *axes = factor.args  # type: ignore[union-attr]
-    is_stack = isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.meta["val"].ndim == 3
-    return weight if is_stack and axes == [1, 2] else None  # type: ignore[return-value]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` that reads the weight as it lies in memory; torch.onnx would make a transposed copy.
-
-    Of a stack of weights [N, F, D], each one is for its own rows [N, rows, D].
-    """
-    product = torch.onnx.ops.symbolic(
-        f"{MICROSOFT}::FusedMatMul",
-        (x, weight),
-        {"transB": 1},
-        dtype=x.dtype,
-        shape=(*x.shape[:-1], weight.shape[-2]),
-        version=1,
-    )
-    return product if bias is None else product + bias
-
-
-def _has_group_query_form(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    frequencies: Tensor | None = None,
-    *,
-    kind: str,
-    softcap: float = 0.0,
-    **_options: Any,
-) -> bool:
-    """Whether GroupQueryAttention computes exactly this `cached_attention`."""
-    one_width = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0
-    one_dtype = {x.dtype for x in (q, k, v, k_cache, v_cache)} == {torch.float32}
-    capped = key_bias is not None and softcap > 0  # its bias is added behind the cap
-    return kind in (Kind.CAUSAL, Kind.SLIDING) and bias is None and one_width and one_dtype and not capped
-
-
 class _Wrapper(nn.Module):
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, forms: type[OnnxForms]) -> None:
         super().__init__()
         setattr(self, _ROOT, program.module)
+        self.run = forms(program).run
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with fx.traceback.preserve_node_meta():
-            return _OnnxForms(getattr(self, _ROOT)).run(*inputs)
+            return self.run(*inputs)
 
 
-def _export(program: Program) -> ExportedProgram:
+def _export(program: Program, forms: type[OnnxForms]) -> ExportedProgram:
     fakes = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     examples = tuple(torch.zeros([_example(size) for size in fake.shape], dtype=fake.dtype) for fake in fakes)
     axes = tuple(
         {axis: Dim.AUTO for axis, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)} for fake in fakes
     )
     with torch.no_grad():
-        return torch.export.export(_Wrapper(program), examples, dynamic_shapes=(axes,), strict=False)
+        return torch.export.export(_Wrapper(program, forms), examples, dynamic_shapes=(axes,), strict=False)
 
 
 def _example(size: int | torch.SymInt) -> int:
@@ -421,18 +212,17 @@ def _name_ports(model: ir.Model, program: Program) -> None:
         value.name = name
 
 
-def _keep_places_only(model: ir.Model) -> None:
-    """Drop what torch.onnx notes down beside the module path of each node: stack traces and signatures, mostly."""
-    model.graph.metadata_props.clear()
-    for node in model.graph:
-        place = node.metadata_props.get("namespace")
-        node.metadata_props.clear()
-        if place is not None:
-            node.metadata_props["namespace"] = place
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
+def _name_sizes(model: ir.Model, program: Program, forms: type[OnnxForms]) -> None:
+    """Give sizes that depend on the input names that tell what they are."""
+    names: dict[str | None, str] = {}
+    for value, port in zip(model.graph.inputs, program.inputs, strict=True):
+        for size, name in zip(value.shape or (), forms.sizes.get(port.role, ()), strict=False):
+            if name and isinstance(size, ir.SymbolicDim):
+                names[size.value] = name
+    for value in (*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)):
+        if value.shape is not None:
+            sizes = [size if isinstance(size, int) else names.get(size.value, size.value) for size in value.shape]
+            value.shape = ir.Shape(sizes)
 
 
 def _externalize(model: ir.Model, program: Program) -> dict[str, Tensor]:
