@@ -68,6 +68,7 @@ class Small(nn.Module):
     def __init__(self, forward: Callable[[Small, Tensor], Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Linear(16, 16, dtype=dtype) for _ in range(3))
+        self.both = nn.Linear(16, 32, dtype=dtype)
         self.gain = nn.Parameter(torch.rand(16, dtype=dtype) + 0.5)
         self.body = forward
 
@@ -97,6 +98,16 @@ FORMS: dict[str, tuple[Callable[[Small, Tensor], Tensor], dict[str, int]]] = {
     "gate of another value": (lambda m, x: F.silu(m.a(x)) * m.b(x + 1), {"1 silu": 1, "1": 1}),
     "gate of itself": (lambda m, x: F.silu(y := m.a(x)) * y, {"1": 1}),
     "gate read twice": (lambda m, x: (F.gelu(m.a(x)) * (y := m.b(x))) + y, {"1 gelu": 1, "1": 1}),
+    "halves": (
+        lambda m, x: F.silu((y := m.both(x))[..., :16]) * y[..., 16:] + x, {"2 silu gated residual": 1},
+    ),
+    "split": (lambda m, x: (y := m.both(x).chunk(2, -1))[1] * F.gelu(y[0]), {"2 gelu gated": 1}),
+    "halves, second first": (lambda m, x: F.silu((y := m.both(x))[..., 16:]) * y[..., :16], {"1": 1}),
+    "halves without a gate": (lambda m, x: (y := m.both(x))[..., :16] * y[..., 16:], {"1": 1}),
+    "halves and the whole": (
+        lambda m, x: F.silu((y := m.both(x))[..., :16]) * y[..., 16:] + y.sum(-1, keepdim=True), {"1": 1},
+    ),
+    "unequal parts": (lambda m, x: F.silu((y := m.both(x))[..., :8]) * y[..., 24:], {"1": 1}),
     "squares": (lambda m, x: m.b(F.relu(m.a(x)).square()), {"1 relu_squared": 1, "1": 1}),
     "norm": (lambda m, x: torch.cat([m.a(y := m.norm(x)), m.b(y), m.c(x)], -1), {"norm 2": 1, "1": 1}),
     "norm read elsewhere": (lambda m, x: m.a(y := m.norm(x)) * y, {"norm 1": 1}),
@@ -150,7 +161,7 @@ def test_norms_that_change_the_dtype_stay_apart() -> None:
 
 
 AT_ONCE: dict[str, tuple[Unit, dict[str, int], int]] = {
-    "layer": ("layer", {"norm 1": 2, "1": 2, "1 residual": 1}, 2),
+    "layer": ("layer", {"norm 1": 1, "norm 2 silu gated": 1, "1": 2, "1 residual": 1}, 2),
     "two_stage": ("two_stage", {"norm 1": 2, "1": 1, "1 residual": 2}, 0),
 }
 """Fused layers in float32, and how many products have lanes: those that read the same rows are one wide layer."""

@@ -26,15 +26,17 @@ ROWS = 1
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer, or layers of several lanes at once.
+    """A linear layer, or a half of one, or layers of several lanes at once.
 
     Attributes:
+        node: the whole layer.
         result: [B, S, F], or [N, B, S, F] for N lanes.
         weight: [F, D] or [N, F, D].
         bias: [F], and none for lanes.
         skip: the tokens [B, S] whose results are zeros, if any can be.
     """
 
+    node: fx.Node
     result: fx.Node
     weight: fx.Node
     bias: fx.Node | None
@@ -43,7 +45,7 @@ class Layer:
     @property
     def x(self) -> fx.Node:
         """What it reads, [B, S, D] or [N, B, S, D], as the graph is now."""
-        node: Any = self.result
+        node: Any = self.node
         return node.args[0].args[0].args[0] if self.is_stack else node.args[0]  # type: ignore[no-any-return]
 
     @property
@@ -80,6 +82,7 @@ def gather_products(graph: fx.Graph) -> None:
         if (layer := _layer(node)) is not None:
             by_operand.setdefault((layer.x, layer.is_stack, layer.skip), []).append(layer)
     _hoist_constants(graph)
+    by_operand = {key: [half for each in layers for half in _halves(graph, each)] for key, layers in by_operand.items()}
     for layers in by_operand.values():
         x = layers[0].x
         norm = rms_norm(x)
@@ -184,11 +187,11 @@ def _layer(node: fx.Node) -> Layer | None:
     if node.target is aten.linear.default:
         x, weight, bias = (*node.args, None)[:3]
         is_constant = all(each is None or _is_constant(each, x) for each in (weight, bias))
-        return Layer(node, weight, bias) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
+        return Layer(node, node, weight, bias) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
     if node.target is PREDICATED_LINEAR:
         x, weight, skip, bias = (*node.args, None)[:4]
         is_constant = all(each is None or _is_constant(each, x) for each in (weight, bias))
-        return Layer(node, weight, bias, skip) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
+        return Layer(node, node, weight, bias, skip) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
     return _stack(node)
 
 
@@ -207,7 +210,60 @@ def _stack(node: fx.Node) -> Layer | None:
     if len(before) != 4 or len(lanes) != 3:
         return None
     fits = is_shape(node, (*before[:3], lanes[1])) and is_shape(x, (lanes[0], *before[1:]))
-    return Layer(node, weight, None) if fits else None
+    return Layer(node, node, weight, None) if fits else None
+
+
+def _halves(graph: fx.Graph, layer: Layer) -> list[Layer]:
+    """The halves of a layer of which the first gates the second, or the layer itself."""
+    width = layer.weight.meta["val"].shape[-2]
+    parts = _parts(layer.result)
+    if sorted(parts) != [(0, width // 2), (width // 2, width)]:
+        return [layer]
+    first = parts[0, width // 2]
+    activated, _ = _activated(first)
+    product = _only_user(activated)
+    if activated is first or product is None or product is not _only_user(parts[width // 2, width]):
+        return [layer]
+
+    def half(constant: fx.Node, axis: int, begin: int, end: int) -> fx.Node:
+        value = constant.meta["val"]
+        with graph.inserting_after(constant):
+            node = graph.call_function(aten.slice.Tensor, (constant, value.ndim + axis, begin, end))
+        node.meta = {**constant.meta, "val": value.narrow(axis, begin, end - begin)}
+        return node
+
+    return [
+        Layer(
+            layer.node,
+            result,
+            half(layer.weight, -2, *place),
+            None if layer.bias is None else half(layer.bias, -1, *place),
+            layer.skip,
+        )
+        for place, result in sorted(parts.items())
+    ]
+
+
+def _parts(whole: fx.Node) -> dict[tuple[int, int], fx.Node]:
+    """The parts of a value's last dimension, by first and last channel, if nothing reads anything else of it."""
+    width = whole.meta["val"].shape[-1]
+    found: dict[tuple[int, int], fx.Node] = {}
+    user: Any
+    item: Any
+    for user in whole.users:
+        axis = user.args[2] if target_of(user) is aten.split.Tensor and len(user.args) > 2 else None
+        if target_of(user) is aten.slice.Tensor and _is_last(whole, user.args[1]) and len(user.args) == 4:
+            found[user.args[2], min(user.args[3], width)] = user
+        elif axis is not None and _is_last(whole, axis) and isinstance(size := user.args[1], int):
+            for item in user.users:
+                found[item.args[1] * size, min((item.args[1] + 1) * size, width)] = item
+        else:
+            return {}
+    return found
+
+
+def _is_last(whole: fx.Node, axis: Any) -> bool:
+    return axis in (-1, whole.meta["val"].ndim - 1)
 
 
 def _is_constant(constant: Any, x: Any) -> bool:
