@@ -4,6 +4,8 @@ Segments of N layers in the middle run in K iterations, by layers, by sublayers 
 held-out text: ``{model}_dnll_N_K_UNIT`` is the relative rise of the negative log-likelihood over that of the same model
 without segments, ``{model}_nll_sequential``, in nats a byte. ``{model}_dnll_N_skipped`` is that where the layers are
 left out: a model whose middle does nothing loses nothing in parallel, and is better without it.
+``{model}_dnll_N_K_UNIT_POLICY_stepwise`` is that of decoding token by token with one cache slot a layer, on fewer
+windows; ``iterate`` stands beside it on the same ones, where it is also what reading at once gives.
 
 Time, of the twins' common shape: ``time_vs_sequential_N_K`` is the measured time of a decode step on ONNX Runtime, with
 layers as units, over that of the model: one thread, batch 1, and everything that runs at the same time fused. The model
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -34,7 +37,7 @@ from skipstone.ir.stream import find_stream
 from skipstone.optimize import rewrite
 from skipstone.passes.base import run_pass
 from skipstone.passes.fuse_parallel import FuseParallel
-from skipstone.passes.layer_parallel import LayerParallel, Segment
+from skipstone.passes.layer_parallel import LayerParallel, Policy, Segment
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
 from skipstone.runtime.eager import EagerSession
@@ -45,6 +48,8 @@ from skipstone.segments import measure_segments, middle_segments, step_costs
 REFERENCE = Path(__file__).parent / "reference"
 MODELS = {"plain": REFERENCE / "stdlib-nanochat-32", "snlp": REFERENCE / "stdlib-nanochat-32-snlp"}
 COUNTS, QUICK_COUNTS = (8, 12, 16, 20, 24), (8, 16)
+STEPWISE = Segment(8, 24, iterations=2)
+STEPWISE_WINDOWS, QUICK_STEPWISE_WINDOWS = 32, 4
 TIMED, QUICK_TIMED = (8, 16, 24), (16,)
 WINDOWS, QUICK_WINDOWS, LENGTH, PROMPT = 128, 16, 256, 128
 BATCH = 4  # windows whose activations stay in the caches of a CPU
@@ -62,6 +67,8 @@ def main() -> None:
         layers = find_stream(program).layers
         segments = middle_segments(layers, counts)
         rows += [*quality(name, program, text, segments), *skipped(name, program, text, segments)]
+        count = QUICK_STEPWISE_WINDOWS if options.quick else STEPWISE_WINDOWS
+        rows += stepwise(name, program, held_out(count, count))
     rows += costs(program, text, segments)
     timed = middle_segments(layers, QUICK_TIMED if options.quick else TIMED)
     rows += times(program, timed, QUICK_ROUNDS if options.quick else ROUNDS)
@@ -73,9 +80,9 @@ def capture(checkpoint: Path) -> Program:
     return capture_huggingface(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
 
 
-def held_out(count: int) -> list[Batch]:
+def held_out(count: int, batch: int = BATCH) -> list[Batch]:
     """Windows of the test split."""
-    samples = windows("test", count, LENGTH).split(BATCH)
+    samples = windows("test", count, LENGTH).split(batch)
     return [Batch(each, torch.ones_like(each, dtype=torch.bool)) for each in samples]
 
 
@@ -100,6 +107,24 @@ def skipped(name: str, program: Program, text: Sequence[Batch], segments: Sequen
         rise = float(seen.increase.sum() / seen.nll.sum())
         nll = float(seen.nll.sum() / seen.tokens.sum())
         yield Row(f"{name}_dnll_{stop - start}_skipped", rise, nll, None, len(seen.tokens), at_most=True)
+
+
+def stepwise(name: str, program: Program, text: Sequence[Batch], segment: Segment = STEPWISE) -> Iterator[Row]:
+    """What a segment costs by each policy of its keys and values, when this text is decoded token by token."""
+    full = TokenModel(EagerSession(program))
+    for kv in get_args(Policy):
+        changed, refusal = rewrite(program, Plan([LayerParallel((segment,), kv)]), target="eager", strict=False)
+        if refusal is not None:
+            raise refusal
+        seen = compare(partial(logits, full), partial(decoded, TokenModel(EagerSession(changed))), text, progress=True)
+        rise, nll = float(seen.increase.sum() / seen.nll.sum()), float(seen.nll.sum() / seen.tokens.sum())
+        yield Row(f"{name}_dnll_{label(segment)}_{kv}_stepwise", rise, nll, None, len(seen.tokens), at_most=True)
+
+
+def decoded(model: TokenModel, batch: Batch) -> torch.Tensor:
+    """Logits [B, S, V] of sequences without padding, a token at a time."""
+    cache = model.new_cache(*batch.tokens.shape, spare=0)
+    return torch.cat([model.decode(column, cache) for column in batch.tokens.split(1, dim=1)], dim=1)
 
 
 def costs(program: Program, text: Sequence[Batch], segments: Sequence[Segment]) -> Iterator[Row]:

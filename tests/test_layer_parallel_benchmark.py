@@ -30,6 +30,12 @@ def test_it_measures_quality_and_counts_costs() -> None:
     last = rows[f"tiny_dnll_{names[-1]}"]
     changed = last.baseline * (1 + last.value) if last.baseline else 0
     assert changed == pytest.approx(float((seen.nll + seen.increase).sum() / seen.tokens.sum()))
+    segment, rise = Segment(1, 5, 2), "tiny_dnll_4_2_layer_iterate_stepwise"
+    steps = {row.metric: row.value for row in layer_parallel.stepwise("tiny", program, text, segment)}
+    assert list(steps) == [rise, rise.replace("iterate", "last"), rise.replace("iterate", "final")]
+    _, at_once = measure_segments(program, text, [segment])[segment]
+    assert steps[rise] == pytest.approx(float(at_once.increase.sum() / at_once.nll.sum()), rel=1e-4)
+    assert len({round(value, 3) for value in steps.values()}) == 3
     costs = {row.metric: row for row in layer_parallel.costs(program, text, tried)}
     for segment in tried:
         assert costs[f"launches_{layer_parallel.label(segment)}"].value < costs["launches_2_1_layer"].baseline
