@@ -339,6 +339,27 @@ class CausalLM(TokenModel, GenerationMixin):
         return {name: value.to(self.device) for name, value in named.items()}
 
 
+class Answer:
+    """A bool on a device, on its way to the host; to ask for its value waits for it.
+
+    Attributes:
+        takes_time: whether the device may still be about to compute it.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.takes_time = value.is_cuda
+        self._value = value
+        if self.takes_time:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def __bool__(self) -> bool:
+        if self.takes_time:
+            self._arrival.synchronize()
+        return bool(self._value)
+
+
 @torch.no_grad()
 def generate_tokens(
     model: TokenModel,
@@ -393,9 +414,13 @@ def generate_tokens(
         written = chosen if pad_token is None else torch.where(running, chosen, pad_token)
         input_ids = torch.cat([input_ids, written.unsqueeze(1)], dim=1)
         running = running & ~finished(input_ids, None)
+        goes_on = Answer(running.any())
         if streamer is not None:
             streamer.put(written.cpu())
-        if not bool(running.any()):
+        # A device would stand still until the host knows whether to go on: it begins the next step before, which is
+        # one too many at the end. Where a step needs more room, it is known first.
+        begins_early = goes_on.takes_time and length < cache.capacity
+        if not begins_early and not goes_on:
             break
         length += 1
         model.check_length(length)
@@ -404,6 +429,8 @@ def generate_tokens(
         logits = model.session.step(chosen.unsqueeze(1).to(model.device), position, one_each, only_row, cache)
         cache.advance(one_each)
         position = position + 1
+        if begins_early and not goes_on:
+            break
     if streamer is not None:
         streamer.end()
     return input_ids

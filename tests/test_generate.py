@@ -30,7 +30,7 @@ from skipstone.passes.base import Pipeline
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable, Layout
-from skipstone.runtime.generate import CausalLM, generate_tokens
+from skipstone.runtime.generate import Answer, CausalLM, generate_tokens
 
 VOCABULARY, POSITIONS, PAD, EOS = 64, 96, 0, 1
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
@@ -102,9 +102,20 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["loop", "mixin"])
+class Late(Answer):
+    """What the host knows when it asks, and not before."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(value)
+        self.takes_time = True
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+
+@pytest.fixture(params=["loop", "early", "mixin"])
 def path(request, monkeypatch) -> Iterator[str]:
-    """Run the test through our loop, and through transformers' own."""
+    """Run the test through our loop, also as on a device, and through transformers' own."""
     calls = []
 
     def counted(*args, **options):
@@ -112,10 +123,12 @@ def path(request, monkeypatch) -> Iterator[str]:
         return generate_tokens(*args, **options)
 
     monkeypatch.setattr("skipstone.runtime.generate.generate_tokens", counted)
+    if request.param == "early":
+        monkeypatch.setattr("skipstone.runtime.generate.Answer", Late)
     if request.param == "mixin":  # no argument of a step is one that the loop would know
         monkeypatch.setattr("skipstone.runtime.generate.LOOP_INPUTS", frozenset())
     yield request.param
-    assert bool(calls) == (request.param == "loop")
+    assert bool(calls) == (request.param != "mixin")
 
 
 class Recorder:
@@ -257,6 +270,21 @@ def test_the_streamer_sees_the_same_tokens(path):
     seeded(original("llama"), **prompt(6), streamer=theirs, **SAMPLING, **LONG)
     seeded(executable(), **prompt(6), streamer=ours, **SAMPLING, **LONG)
     assert ours.seen == theirs.seen and ours.ended == theirs.ended == 1
+
+
+def test_steps_on_a_device_begin_before_the_answer_where_there_is_room(monkeypatch):
+    monkeypatch.setattr("skipstone.runtime.generate.Answer", Late)
+    model, seen, steps = executable(), set(), []
+    monkeypatch.setattr(model, "new_cache", lambda batch, width: model.session.new_cache(batch, width + 4))
+    step = model.session.step
+    monkeypatch.setattr(model.session, "step", lambda *args: steps.append(args) or step(*args))
+    for count in range(1, 9):
+        steps.clear()
+        model.generate(**prompt(6), do_sample=False, max_new_tokens=count, eos_token_id=None)
+        had_room = 6 + count - 1 < steps[count - 1][-1].capacity
+        assert [tokens.shape[1] for tokens, *_ in steps] == [6, *[1] * (count - 1 + had_room)]
+        seen.add(had_room)
+    assert seen == {False, True}
 
 
 def test_stopping_criteria(path):
