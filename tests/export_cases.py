@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import torch
+from transformers import PreTrainedModel
 
 from tests.tiny_models import FIRST_WORD, VOCABULARY
 
@@ -68,6 +70,13 @@ def batch(padding: list[int], vocabulary: int = VOCABULARY) -> tuple[np.ndarray,
     for row, columns in enumerate(padding):
         mask[row, slice(columns) if columns >= 0 else slice(PROMPT + columns, PROMPT)] = 0
     return tokens, mask
+
+
+def original_logits(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits of all columns at once, by Hugging Face's own code."""
+    with torch.no_grad():
+        positions = torch.tensor((mask.cumsum(1) - 1).clip(0))
+        return model(torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=positions).logits.numpy()
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray, mask: np.ndarray, tolerance: float = 1e-4) -> None:

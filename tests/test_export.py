@@ -26,18 +26,11 @@ from skipstone.cli import main
 from skipstone.ir.errors import ArtifactError, InvalidInput, Unsupported
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.runtime.onnx.runner import Runner
-from tests.export_cases import PADDINGS, PROMPT, Loader, all_nodes, assert_close, batch
+from tests.export_cases import PADDINGS, PROMPT, Loader, all_nodes, assert_close, batch, original_logits
 from tests.genai_cases import assert_same_tokens
 from tests.tiny_models import FIRST_WORD, VOCABULARY, randomize, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def original_logits(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Logits of all columns at once, by Hugging Face's own code."""
-    with torch.no_grad():
-        positions = torch.tensor((mask.cumsum(1) - 1).clip(0))
-        return model(torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=positions).logits.numpy()
 
 
 def export(model: torch.nn.Module, directory: Path, *plan, **options) -> Path:

@@ -1,0 +1,190 @@
+"""Exported models of many architectures and plans; what onnxruntime-genai makes of them; a runner without torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
+
+import skipstone
+from skipstone.passes.layer_parallel import Segment
+from skipstone.runtime.onnx.runner import Runner
+from tests.export_cases import PADDINGS, PROMPT, Loader, assert_close, batch, original_logits
+from tests.genai_cases import assert_same_tokens, generated
+from tests.tiny_models import FIRST_WORD, randomize, tiny_model, tokens
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "benchmarks/reference/stdlib-llama"
+NAMED_BY_GENAI = ["llama", "qwen2", "qwen3", "phi3", "gemma", "mistral"]
+
+
+def export(model: torch.nn.Module, directory: Path, *plan: Any, **options: Any) -> Path:
+    skipstone.export_onnx(model, directory, skipstone.Plan(list(plan)), progress=False, **options)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def genai() -> Any:
+    return pytest.importorskip("onnxruntime_genai", reason="needs the extra genai")
+
+
+@pytest.fixture(scope="module")
+def reference() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
+
+
+# gpt_oss has sinks, deepseek_v3 values narrower than keys (so no GroupQueryAttention), gpt2 learned positions.
+@pytest.mark.parametrize("name", [*NAMED_BY_GENAI, "gpt2", "phi", "gpt_oss", "deepseek_v3"])
+def test_architectures(name, tmp_path) -> None:
+    model = tiny_model(name)
+    directory = export(model, tmp_path / "out")
+    onnx.checker.check_model(str(directory / "model.onnx"), full_check=True)
+    for padding in PADDINGS.values():
+        ids, mask = batch(padding)
+        assert_close(Loader(directory).stepwise(ids, mask), original_logits(model, ids, mask), mask)
+
+
+@pytest.mark.parametrize("name", NAMED_BY_GENAI)
+def test_genai_with_and_without_the_attention_of_the_first_and_the_last_layer(genai, name, tmp_path) -> None:
+    model, plan = tiny_model(name), skipstone.SkipSublayers(attention=(0, 3))
+    assert_same_tokens(genai, model, export(model, tmp_path / "whole", format="genai"), FIRST_WORD)
+    skipping = skipstone.optimize(model, skipstone.Plan([plan]), target="eager", progress=False)
+    assert_same_tokens(genai, skipping, export(model, tmp_path / "skipping", plan, format="genai"), FIRST_WORD)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_genai_with_quantized_caches(genai, form, tmp_path) -> None:
+    model, data = tiny_model("llama"), [tokens(4, 16, seed=7)]
+    plan = skipstone.QuantizeKV(k=form, v=form)
+    quantized = skipstone.optimize(model, skipstone.Plan([plan]), target="eager", calibration=data, progress=False)
+    directory = export(model, tmp_path / "out", plan, format="genai", calibration=data)
+    assert_same_tokens(genai, quantized, directory, FIRST_WORD)
+
+
+def test_genai_with_caches_that_grow(genai, tmp_path) -> None:
+    """Heads of 12 channels have no GroupQueryAttention, and what attends instead does not write in place."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, head_dim=12, max_position_embeddings=64, eos_token_id=None)
+    model = randomize(LlamaForCausalLM(config).eval())
+    directory = export(model, tmp_path / "out", format="genai")
+    config = json.loads((directory / "genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is False
+    assert_same_tokens(genai, model, directory, FIRST_WORD)
+
+
+def test_genai_and_the_runner_with_the_reference_model(genai, reference, tmp_path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    directory = tmp_path / "out"
+    skipstone.export_onnx(reference, directory, format="genai", tokenizer=tokenizer, progress=False)
+    text = "def read_lines(path):\n"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    expected = reference.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert generated(genai, directory, ids.numpy(), 64)[0] == expected
+    assert Runner(directory).generate(ids.tolist(), 64)[0] == expected
+    own = genai.Tokenizer(genai.Model(str(directory)))
+    own.update_options(add_special_tokens="true")
+    assert own.encode(text).tolist() == ids[0].tolist()
+    weights = sum(parameter.nbytes for parameter in reference.parameters())
+    size = sum((directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert weights <= size
+
+
+@pytest.mark.parametrize("kv", ["iterate", "last"])
+def test_layers_in_parallel(kv, tmp_path) -> None:
+    model = tiny_model("llama")
+    plan = skipstone.LayerParallel(segments=(Segment(1, 3, iterations=2),), kv=kv)
+    directory = export(model, tmp_path / "out", plan)
+    same = skipstone.optimize(model, skipstone.Plan([plan]), target="eager", progress=False)
+    ids, mask = batch(PADDINGS["left"])
+    assert_close(Loader(directory).stepwise(ids, mask), executable_logits(same, ids, mask), mask)
+
+
+def executable_logits(executable: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits of the prompt, then of token by token, and of the rest at once."""
+    out = executable(torch.tensor(ids[:, :PROMPT]), attention_mask=torch.tensor(mask[:, :PROMPT]), use_cache=True)
+    parts, steps = [out.logits], [*range(PROMPT, ids.shape[1] - 2), ids.shape[1]]
+    for start, stop in itertools.pairwise(steps):
+        options = {"attention_mask": torch.tensor(mask[:, :stop]), "past_key_values": out.past_key_values}
+        parts.append(executable(torch.tensor(ids[:, start:stop]), **options).logits)
+    return torch.cat(parts, dim=1).numpy()
+
+
+def test_a_vision_encoder_exports_with_skipping(tmp_path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = randomize(ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4), add_pooling_layer=False).eval())
+    plan = skipstone.SkipSublayers(layers=(2,))
+    pixels = torch.randn(2, 3, 16, 16)
+    directory = export(model, tmp_path / "out", plan, example_inputs={"pixel_values": pixels})
+    onnx.checker.check_model(str(directory / "model.onnx"), full_check=True)
+    same = skipstone.optimize(
+        model, skipstone.Plan([plan]), target="eager", example_inputs={"pixel_values": pixels}, progress=False
+    )
+    images = torch.randn(5, 3, 16, 16)
+    (got,) = Loader(directory).session.run(["last_hidden_state"], {"pixel_values": images.numpy()})
+    expected = same(pixel_values=images).last_hidden_state.numpy()
+    assert_close(got, expected, np.ones(got.shape[:2]))
+    assert np.abs(got - model(images).last_hidden_state.detach().numpy()).max() > 0.1
+
+
+def test_the_wheel_runs_where_there_is_no_torch(reference, tmp_path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    skipstone.export_onnx(reference, tmp_path / "out", tokenizer=tokenizer, progress=False)
+    python = bare_environment(tmp_path / "venv")
+    wheel(tmp_path)
+    install = ["install", "--quiet", "--no-deps", "--no-index", *map(str, tmp_path.glob("*.whl"))]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True, cwd=tmp_path).returncode
+    prompt = "def read_lines(path):\n"
+    command = [python, "-m", "skipstone.runtime.onnx.runner", "out", prompt, "--max-new-tokens", "40"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    expected = reference.generate(ids, max_new_tokens=40, do_sample=False)[0]
+    assert said == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def bare_environment(directory: Path) -> str:
+    """The Python of a new environment that holds numpy, ONNX Runtime and tokenizers of this one, and nothing else."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
+    python = directory / "bin" / "python"
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+    for name in ("numpy", "onnxruntime", "tokenizers"):
+        place = Path(importlib.util.find_spec(name).submodule_search_locations[0])  # type: ignore
+        for source in (place, place.with_name(f"{name}.libs")):
+            if source.exists():
+                (packages / source.name).symlink_to(source)
+    return str(python)
+
+
+def wheel(directory: Path) -> None:
+    """The wheel of this repository, built from a copy of it."""
+    copy = directory / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("skipstone", "ir", "passes", "runtime", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(copy)]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
