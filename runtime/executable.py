@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +144,24 @@ class Executable:
             f"generate with {self.program.source.name}, which is no decoder that turns tokens into next-token logits",
             hint="Call the executable on whole inputs.",
         )
+
+    def save(self, directory: str | os.PathLike[str], *, tokenizer: Any = None, overwrite: bool = False) -> None:
+        """Write everything that it takes to run this executable elsewhere, for `skipstone.load`.
+
+        The directory holds JSON, safetensors and ONNX, no code. It comes into being whole or not at all. Nothing of the
+        model's source code is needed to load it, and of what passes did to the program the report is kept alone.
+
+        Args:
+            directory: where to write it: empty, or not there yet.
+            tokenizer: one of transformers, to be saved beside it.
+            overwrite: replace an artifact that is there.
+        Raises:
+            ArtifactError: the directory holds something, or cannot be written.
+            Unsupported: the program has something that an artifact cannot hold.
+        """
+        from skipstone.runtime.artifact.artifact import save  # which knows every kind of session
+
+        save(self, Path(directory), tokenizer, overwrite)
 
     def check_length(self, longest: int) -> None:
         """Refuse sequences of `longest` tokens if the model, or the room made for it, ends before."""

@@ -14,6 +14,7 @@ from skipstone.registration import register
 
 if TYPE_CHECKING:
     from skipstone import errors as errors
+    from skipstone.artifact import load as load
     from skipstone.backend import backend as backend
     from skipstone.budget import Budget as Budget
     from skipstone.budget import Certificate as Certificate
@@ -62,6 +63,7 @@ _HOME = {
     "find_adaptive_ffn": "skipstone.find",
     "find_layer_parallel": "skipstone.find",
     "find_skip_by_prompt": "skipstone.find",
+    "load": "skipstone.artifact",
     "mask_tokens": "skipstone.masking",
     "optimize": "skipstone.optimize",
     "tokenize": "skipstone.calibrate",

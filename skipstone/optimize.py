@@ -48,7 +48,7 @@ BEHIND_CACHE = (SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
 SIDE_BY_SIDE = (LayerParallel, FuseParallel)
 """Those that make attentions of their own, each of which then gets its slot."""
 
-_DEVICES = {"onnxruntime": "cpu", "triton": "cuda"}
+DEVICES = {"onnxruntime": "cpu", "triton": "cuda"}
 """The device that each target is for; the first of a device is what ``"auto"`` takes there."""
 
 Target = Literal["auto", "eager", "onnxruntime", "triton"]
@@ -103,7 +103,7 @@ def optimize(
     refuse_unusable(model)
     if max_length is not None and max_length < 1:
         raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
-    target = _resolve(target, model)
+    target = resolve(target, next((p.device.type for p in model.parameters()), "cpu"))
     check_plan(plan, target, calibration is not None)
     _check_budget(budget, plan, calibration, cache)
     stages = Stages(progress)
@@ -129,7 +129,7 @@ def optimize(
             threads=threads,
             max_length=max_length,
             cache_refusal=refusal,
-            output_adapter=_model_output if isinstance(model, PreTrainedModel) else None,
+            output_adapter=model_output if isinstance(model, PreTrainedModel) else None,
         )
 
     executable = build(plan) if budget is None else _build_within(budget, build, captured, plan, batches, stages)
@@ -185,7 +185,7 @@ def carried_out(plan: Plan, program: Program, calibrated: bool) -> Plan:
     return replace(plan, model=program.source.fingerprint, tensors=program.calibration, certificates=proved)
 
 
-def _model_output(outputs: dict[str, Tensor]) -> ModelOutput:
+def model_output(outputs: dict[str, Tensor]) -> ModelOutput:
     """Outputs by name, as Hugging Face models return them."""
     return ModelOutput(outputs)
 
@@ -368,18 +368,26 @@ def conversions(before: Program, after: Program) -> tuple[Conversion, ...]:
     return tuple(Conversion(*dtypes, *sizes) for dtypes, sizes in pairs.items())
 
 
-def _resolve(target: str, model: nn.Module) -> Any:
-    if target not in ("auto", *_DEVICES, "eager"):
-        known = ", ".join(repr(each) for each in _DEVICES)
+def resolve(target: str, device: str) -> Any:
+    """The target that is meant for a model on a device.
+
+    Args:
+        target: its name, or ``"auto"``.
+        device: type of the device, e.g. ``"cpu"``.
+    Raises:
+        UserError: there is no such target.
+        Unsupported: it is for another device.
+    """
+    if target not in ("auto", *DEVICES, "eager"):
+        known = ", ".join(repr(each) for each in DEVICES)
         raise UserError(f"unknown target {target!r}.", hint=f"Targets are 'auto', {known} and 'eager'.")
-    device = next((p.device.type for p in model.parameters()), "cpu")
     if target == "auto":
-        for name, own in _DEVICES.items():
+        for name, own in DEVICES.items():
             if device == own:
                 return name
         raise Unsupported(f"a target for {device}", hint="Move the model to the CPU, or use target='eager'.")
-    if device != _DEVICES.get(target, device):
-        raise Unsupported(f"the {target} target for a model on {device}", hint=f"Move it to {_DEVICES[target]} first.")
+    if device != DEVICES.get(target, device):
+        raise Unsupported(f"the {target} target for a model on {device}", hint=f"Move it to {DEVICES[target]} first.")
     return target
 
 

@@ -224,6 +224,30 @@ class Report:
             "timing_after": asdict(self.timing_after) if self.timing_after else None,
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+
+        def one(kind: Any, value: Any) -> Any:
+            return None if value is None else kind(**value)
+
+        return cls(
+            **{
+                **data,
+                "before": one(Footprint, data["before"]),
+                "after": one(Footprint, data["after"]),
+                "remarks": [Remark(**{**each, "status": Status(each["status"])}) for each in data["remarks"]],
+                "conversions": [Conversion(**each) for each in data["conversions"]],
+                "stages": [Stage(**each) for each in data["stages"]],
+                "timing_before": one(Timing, data["timing_before"]),
+                "timing_after": one(Timing, data["timing_after"]),
+            }
+        )
+
     def __str__(self) -> str:
         return render(
             *(part for part in (self._head(), self._passes(), self._gains(), self._stages()) if part is not None)

@@ -25,18 +25,19 @@ class OnnxSession(ProgramSession):
     Args:
         program: in float32, on the CPU.
         threads: threads that one operator may use, None for one a core.
+        lowered: the program, lowered before.
+    Attributes:
+        lowered: what it runs.
     Raises:
         Unsupported: see `skipstone.runtime.onnx.lower.lower`.
     """
 
-    def __init__(self, program: Program, threads: int | None = None) -> None:
+    def __init__(self, program: Program, threads: int | None = None, lowered: LoweredModel | None = None) -> None:
         self.program = program
         self.layout = cache_layout(program)
-        lowered = lower(program)
-        self._written = lowered.written
-        # ONNX Runtime reads these for as long as it lives.
-        self._weights = lowered.tensors
-        self._session = _open(lowered, threads)
+        # ONNX Runtime reads its tensors for as long as it lives.
+        self.lowered = lower(program) if lowered is None else lowered
+        self._session = _open(self.lowered, threads)
         self._outputs = [port.name for port in program.outputs]
         self._binding: _StepBinding | None = None
 
@@ -56,7 +57,7 @@ class OnnxSession(ProgramSession):
     def step_outputs(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> tuple[Tensor, ...]:
         """See `ProgramSession.step_outputs`."""
         if self._binding is None or not self._binding.fits(values, cache, names):
-            self._binding = _StepBinding(self._session, names, values, cache, self._written)
+            self._binding = _StepBinding(self._session, names, values, cache, self.lowered.written)
         return self._binding.run(values)
 
 
