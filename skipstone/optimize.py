@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ DEVICES = {"onnxruntime": "cpu", "triton": "cuda"}
 """The device that each target is for; the first of a device is what ``"auto"`` takes there."""
 
 Target = Literal["auto", "eager", "onnxruntime", "triton"]
+Mode = Literal["default", "max-autotune"]
 
 
 def optimize(
@@ -65,6 +66,7 @@ def optimize(
     dynamic_shapes: Mapping[str, Sequence[int]] | None = None,
     max_length: int | None = None,
     threads: int | None = None,
+    mode: Mode = "default",
     cache: bool = True,
     reuse_model: bool = False,
     strict: bool = True,
@@ -87,6 +89,8 @@ def optimize(
         dynamic_shapes: for plain modules, the dynamic axes of each input (default: the first two).
         max_length: longest sequence to make room for.
         threads: threads to compute with (default: the runtime's own choice).
+        mode: ``"max-autotune"`` lets the triton target choose among kernels by their times, which takes minutes once:
+            Inductor keeps what it found on disk, and so does Triton with what it compiled.
         cache: whether to decode through a KV cache. Where a cache would not be exact the executable comes without one,
             and `Executable.cache_refusal` says why.
         reuse_model: whether parameters that the plan stacks (`FuseParallel`) become views of the stacks, so that they
@@ -104,6 +108,7 @@ def optimize(
     if max_length is not None and max_length < 1:
         raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
     target = resolve(target, next((p.device.type for p in model.parameters()), "cpu"))
+    check_mode(mode, target)
     check_plan(plan, target, calibration is not None)
     _check_budget(budget, plan, calibration, cache)
     stages = Stages(progress)
@@ -117,7 +122,7 @@ def optimize(
             options = {"target": target, "cache": cache, "strict": strict, "batches": batches, "progress": progress}
             program, refusal = rewrite(captured, plan, **options)  # type: ignore[arg-type]
         with stages("lower"):
-            session = lower(program, target, threads)
+            session = lower(program, target, threads, mode)
         report = report_of(captured, program, target, cache_line(program, refusal, cache), stages, threads)
         return Executable(
             session,
@@ -414,21 +419,33 @@ def capture(
     return capture_module(model, example, dynamic)
 
 
-def lower(program: Program, target: str, threads: int | None = None) -> Session:
+def check_mode(mode: str, target: str) -> None:
+    """Refuse a mode that a target does not have.
+
+    Raises:
+        UserError: it is no mode, or one of another target.
+    """
+    if mode not in get_args(Mode):
+        raise UserError(f"mode is {mode!r}, expected {' or '.join(map(repr, get_args(Mode)))}.")
+    if mode != "default" and target != "triton":
+        raise UserError(f"mode={mode!r} for the target {target!r}, which has nothing to tune.", hint="Leave it out.")
+
+
+def lower(program: Program, target: str, threads: int | None = None, mode: Mode = "default") -> Session:
     """The session of a rewritten program and of what continues it.
 
     Raises:
         Unsupported: the target has no exact form for an operator or dtype.
     """
-    session = _session(program, target, threads)
+    session = _session(program, target, threads, mode)
     if not program.continuations:
         return session
     from skipstone.runtime.by_prompt import PromptSession
 
-    return PromptSession(session, [_session(part, target, threads) for part in program.continuations])
+    return PromptSession(session, [_session(part, target, threads, mode) for part in program.continuations])
 
 
-def _session(program: Program, target: str, threads: int | None) -> ProgramSession:
+def _session(program: Program, target: str, threads: int | None, mode: Mode) -> ProgramSession:
     if target == "eager":
         from skipstone.runtime.eager import EagerSession
 
@@ -436,7 +453,7 @@ def _session(program: Program, target: str, threads: int | None) -> ProgramSessi
     if target == "triton":
         from skipstone.runtime.triton.session import TritonSession
 
-        return TritonSession(program)
+        return TritonSession(program, is_tuned=mode == "max-autotune")
     from skipstone.runtime.onnx.session import OnnxSession
 
     return OnnxSession(program, threads)

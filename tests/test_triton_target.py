@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from skipstone import QuantizeKV, SkipFFNAdaptive, SkipSublayers
-from skipstone.errors import InvalidInput, Unsupported
+from skipstone.errors import InvalidInput, Unsupported, UserError
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.dialect import CACHED_ATTENTION, EXPERTS, GATE, PREDICATED_LINEAR, SKIP_PREDICATE
 from skipstone.ir.experts import Activation, Layout, experts_reference
@@ -370,6 +370,22 @@ def on_device(plan: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 GPU_PLANS = ("plain", "quantized", "adaptive")
+
+
+def test_tuning_is_asked_for_where_something_can_be_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(compiled.torch, "compile", lambda module, **options: given.append(options["options"]) or module)
+    for is_tuned in (False, True):
+        TritonSession(rewritten("llama"), is_tuned=is_tuned).run(
+            {"input_ids": models.tokens(1, 3), "position_ids": torch.arange(3)[None], "logit_rows": torch.tensor([[2]]),
+             "start": torch.zeros(1, dtype=torch.int64),
+             **{f"{name}_{slot}": torch.zeros(1, 2, 8, 8) for slot in range(3) for name in ("key", "value")}}
+        )  # fmt: skip
+    assert given == [{}, {"max_autotune": True, "coordinate_descent_tuning": True}]
+    with pytest.raises(UserError, match="mode='max-autotune' for the target 'eager', which has nothing to tune"):
+        optimize(models.model("llama"), target="eager", mode="max-autotune", progress=False)
+    with pytest.raises(UserError, match="mode is 'fast', expected 'default' or 'max-autotune'"):
+        optimize(models.model("llama"), target="eager", mode="fast", progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

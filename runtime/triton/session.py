@@ -21,6 +21,9 @@ DECODE: Mapping[str, Any] = {"combo_kernels": True}
 """Options of Inductor for steps of one token: kernels that could run at the same time become one. Each is so short that
 to begin it counts."""
 
+TUNED: Mapping[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
+"""Options of Inductor that choose among kernels by their times; it keeps its choices on disk."""
+
 
 class TritonSession(ProgramSession):
     """Runs a program through Inductor; see `skipstone.runtime.session.Session`.
@@ -31,11 +34,12 @@ class TritonSession(ProgramSession):
 
     Args:
         program: on a CUDA device, or on the CPU.
+        is_tuned: whether Inductor measures its kernels to choose among them, which takes minutes.
     Raises:
         Unsupported: see `skipstone.runtime.triton.lower`.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, is_tuned: bool = False) -> None:
         self.program = program
         self.layout = cache_layout(program)
         self._written = written_buffers(program)
@@ -47,8 +51,9 @@ class TritonSession(ProgramSession):
         self._outputs = [port.name for port in lowered.outputs]
         self._columns = [port.name for port in program.inputs if port.role in (Role.TOKENS, Role.LOGIT_ROWS)]
         tensors = lowered.tensors()
-        self._whole = CompiledGraph(lowered.graph, tensors)
-        self._single = CompiledGraph(decode_graph(lowered), tensors, DECODE, is_batch_fixed=True)
+        tuned = TUNED if is_tuned else {}
+        self._whole = CompiledGraph(lowered.graph, tensors, tuned)
+        self._single = CompiledGraph(decode_graph(lowered), tensors, {**DECODE, **tuned}, is_batch_fixed=True)
         self._pool = Pool(self.layout, program.source.device)
 
     @torch.no_grad()
