@@ -7,7 +7,8 @@ here, not chosen.
 
 Time, ``{plan}_gain``: a decode step of the model without a plan over one with it, on ONNX Runtime, batch 1, behind 128
 tokens; with one thread on the reference model, whose steps are short, and as ``{plan}_gain_110m`` with two threads on
-the model of `benchmarks.decode`, whose weights are random: there, gates let every token skip three FFNs.
+the model of `benchmarks.decode` (not with --quick), whose weights are random: there, gates let every token skip three
+FFNs.
 
 ``{plan}_kv_bytes_over_full`` is what the cache takes.
 """
@@ -29,7 +30,8 @@ from benchmarks.skipping import batches, bound
 from skipstone.budget import compare
 from skipstone.calibrate import Batch
 from skipstone.certify import behind_prompts, logits
-from skipstone.optimize import optimize
+from skipstone.ir.program import Program
+from skipstone.optimize import capture, lower, rewrite
 from skipstone.passes.base import Pass
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel, Segment
@@ -47,17 +49,18 @@ def main() -> None:
     """Measure, print and write the figures."""
     options = arguments("compose", __doc__ or "").parse_args()
     rounds = 3 if options.quick else 9
-    model = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    program = capture(LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval())
     calibration = batches("train", CALIBRATION_WINDOWS)
     text = [behind_prompts(each) for each in batches("test", QUICK_TEST_WINDOWS if options.quick else TEST_WINDOWS)]
     plans = entries(threshold=0.97)
-    rows = [*quality(model, plans, calibration, text)]
-    rows += times(model, plans, calibration, text[0].tokens[:1, :PROMPT], threads=1, rounds=rounds)
-    large = make_model()
-    ids = torch.randint(0, large.config.vocab_size, (8, PROMPT), generator=torch.Generator().manual_seed(1))
-    random = [Batch(ids, torch.ones_like(ids, dtype=torch.bool))]
-    plans = entries(threshold=-1.0)
-    rows += times(large, plans, random, ids[:1], threads=2, rounds=rounds, suffix="_110m")
+    rows = [*quality(program, plans, calibration, text)]
+    rows += times(program, plans, calibration, text[0].tokens[:1, :PROMPT], threads=1, rounds=rounds)
+    if not options.quick:
+        large = make_model()
+        ids = torch.randint(0, large.config.vocab_size, (8, PROMPT), generator=torch.Generator().manual_seed(1))
+        random = [Batch(ids, torch.ones_like(ids, dtype=torch.bool))]
+        plans = entries(threshold=-1.0)
+        rows += times(capture(large), plans, random, ids[:1], threads=2, rounds=rounds, suffix="_110m")
     publish("compose", rows, options.json)
 
 
@@ -73,10 +76,10 @@ def entries(threshold: float) -> dict[str, list[Pass]]:
 
 
 def quality(
-    model: LlamaForCausalLM, plans: Mapping[str, Sequence[Pass]], calibration: Sequence[Batch], text: Sequence[Batch]
+    program: Program, plans: Mapping[str, Sequence[Pass]], calibration: Sequence[Batch], text: Sequence[Batch]
 ) -> Iterator[Row]:
     """What each plan costs, on the eager target."""
-    built = {name: build(model, plan, calibration, "eager") for name, plan in plans.items()}
+    built = {name: build(program, plan, calibration, "eager") for name, plan in plans.items()}
     for name in [*ALONE, "all"]:
         seen = compare(partial(logits, built["full"]), partial(logits, built[name]), text, progress=True)
         count = len(seen.tokens)
@@ -85,7 +88,7 @@ def quality(
 
 
 def times(
-    model: LlamaForCausalLM,
+    program: Program,
     plans: Mapping[str, Sequence[Pass]],
     calibration: Sequence[Batch],
     ids: Tensor,
@@ -95,7 +98,7 @@ def times(
     suffix: str = "",
 ) -> Iterator[Row]:
     """What each plan gains, and the bytes of its cache, on ONNX Runtime."""
-    built = {name: build(model, plan, calibration, "onnxruntime", threads) for name, plan in plans.items()}
+    built = {name: build(program, plan, calibration, "onnxruntime", threads) for name, plan in plans.items()}
     turns = {(name, threads): decoding(name, opt, ids) for name, opt in built.items()}
     samples = take_turns(turns, rounds)
     full = samples["full"].median
@@ -107,18 +110,17 @@ def times(
 
 
 def build(
-    model: LlamaForCausalLM,
+    program: Program,
     plan: Sequence[Pass],
     calibration: Sequence[Batch],
     target: str,
     threads: int | None = None,
 ) -> TokenModel:
     """An executable of a plan."""
-    needed = [each.tokens for each in calibration] if any(isinstance(entry, QuantizeKV) for entry in plan) else None
-    options = {"target": target, "threads": threads, "progress": False}
-    opt = optimize(model, Plan(plan), calibration=needed, **options)  # type: ignore[arg-type]
-    assert isinstance(opt, TokenModel)
-    return opt
+    changed, refusal = rewrite(program, Plan(plan), target=target, batches=calibration, progress=False)
+    if refusal is not None:
+        raise refusal
+    return TokenModel(lower(changed, target, threads))
 
 
 if __name__ == "__main__":
