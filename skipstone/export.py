@@ -20,9 +20,10 @@ from skipstone.optimize import Stages, cache_line, capture, carried_out, check_m
 from skipstone.plan import Plan
 from skipstone.report import Report
 from skipstone.runtime.onnx.columns import ColumnForms, in_columns
+from skipstone.runtime.onnx.files import DECODE_FILE, MODEL_FILE, Weights, save
 from skipstone.runtime.onnx.forms import OnnxForms
 from skipstone.runtime.onnx.genai import CONFIG_FILE, genai_config, refuse_genai
-from skipstone.runtime.onnx.lower import MODEL_FILE, lower
+from skipstone.runtime.onnx.lower import lower
 from skipstone.runtime.onnx.opsets import OPSET, check_opset
 
 Format = Literal["onnx", "genai"]
@@ -57,6 +58,10 @@ def export_onnx(
     D] give ``logits`` [B, S, V] and ``present.N.key`` and ``.value`` [B, KH, past + S, D]. N counts the caches that are
     left. Padding may stand on either side. Where FFNs are skipped adaptively there is one more input, ``decode_start``
     [B]: how many tokens of each sequence are its prompt. All other models keep the names of their inputs and outputs.
+
+    Where prompts choose what is skipped, ``model.onnx`` reads them, and gives ``choice`` [B] if there are several sets.
+    With a sequence that chose set K goes on ``decode_K.onnx``, over those of the caches that it has inputs for. These
+    graphs share one file of weights.
 
     Args:
         model: a Hugging Face model or any `nn.Module`, in evaluation mode; it is left untouched.
@@ -99,7 +104,7 @@ def export_onnx(
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
             complete = Path(temporary) / directory.name
             with stages("lower"):
-                lower(exported, complete, forms, opset)
+                _write_models(complete, exported, forms, opset)
             stages.close()
             report = report_of(captured, program, TARGET, cache_line(program, refusal, cache), stages)
             plan.save(complete / PLAN_FILE)
@@ -113,6 +118,14 @@ def export_onnx(
     except OSError as error:
         raise ArtifactError(f"Cannot write {directory}: {error.strerror or error}.") from error
     return report
+
+
+def _write_models(directory: Path, program: Program, forms: type[OnnxForms], opset: int) -> None:
+    """The models of a program and of those that continue it, over one file of weights."""
+    weights = Weights()
+    parts = {MODEL_FILE: program} | {DECODE_FILE.format(n): each for n, each in enumerate(program.continuations)}
+    lowered = {name: lower(part, forms=forms, opset=opset, weights=weights) for name, part in parts.items()}
+    save({name: each.proto for name, each in lowered.items()}, weights, directory)
 
 
 def _check_directory(directory: Path, overwrite: bool) -> None:

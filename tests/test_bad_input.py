@@ -332,7 +332,7 @@ def test_a_full_disk_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     real = builtins.open
     with monkeypatch.context() as patched:
-        patched.setattr("skipstone.runtime.onnx.lower.open", lambda *a: FullDisk(real(*a), room), raising=False)
+        patched.setattr("skipstone.runtime.onnx.files.open", lambda *a: FullDisk(real(*a), room), raising=False)
         patched.setattr(Path, "write_bytes", write_bytes)
         with pytest.raises(ArtifactError, match=rf"{directory}: No space left on device"):
             lower(linear(), directory)

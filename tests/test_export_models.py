@@ -1,13 +1,9 @@
-"""Exported models of many architectures and plans; what onnxruntime-genai makes of them; a runner without torch."""
+"""Exported models of many architectures and plans; what onnxruntime-genai makes of them."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from transformers import (
 import skipstone
 from skipstone.passes.layer_parallel import Segment
 from skipstone.runtime.onnx.runner import Runner
+from tests import test_skip_by_prompt as by_prompt
 from tests.export_cases import PADDINGS, PROMPT, Loader, assert_close, batch, original_logits
 from tests.genai_cases import assert_same_tokens, generated
 from tests.tiny_models import FIRST_WORD, randomize, tiny_model, tokens
@@ -131,6 +128,33 @@ def executable_logits(executable: Any, ids: np.ndarray, mask: np.ndarray) -> np.
     return torch.cat(parts, dim=1).numpy()
 
 
+def test_sets_by_prompt_are_graphs_over_one_file_of_weights(tmp_path) -> None:
+    """Each prompt goes on as its own choice says, alone, side by side, and padded on the left."""
+    model, plan = by_prompt.hugging_face("llama", torch.float32), by_prompt.plan("llama")
+    directory = tmp_path / "out"
+    skipstone.export_onnx(model, directory, plan, progress=False)
+    graphs = sorted(file.name for file in directory.glob("*.onnx"))
+    assert graphs == [*(f"decode_{number}.onnx" for number in range(4)), "model.onnx"]
+    for name in graphs:
+        onnx.checker.check_model(str(directory / name), full_check=True)
+    runner = Runner(directory, threads=1)
+    assert "past_key_values.1.key" not in runner.steps[0].caches  # without the attention of layer 1
+    assert "past_key_values.2.key" in runner.steps[0].caches
+    rows = by_prompt.batch()[:, : by_prompt.PROMPT]
+    prompts = [*rows.tolist(), rows[2, :4].tolist(), rows[3, :3].tolist()]
+    same = by_prompt.build(plan, "llama", torch.float32)
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    runner.ends = []
+    expected = [same.generate(torch.tensor([each]), **options)[0, len(each) :].tolist() for each in prompts]
+    assert runner.generate(prompts, 10) == expected
+    assert [runner.generate([each], 10)[0] for each in prompts] == expected
+    whole = export(model, tmp_path / "whole")
+    assert len({(each / "model.onnx.data").stat().st_size for each in (directory, whole)}) == 1
+    full = Runner(whole, threads=1)
+    full.ends = []
+    assert full.generate(prompts, 10) != expected
+
+
 def test_a_vision_encoder_exports_with_skipping(tmp_path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
     model = randomize(ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4), add_pooling_layer=False).eval())
@@ -146,45 +170,3 @@ def test_a_vision_encoder_exports_with_skipping(tmp_path) -> None:
     expected = same(pixel_values=images).last_hidden_state.numpy()
     assert_close(got, expected, np.ones(got.shape[:2]))
     assert np.abs(got - model(images).last_hidden_state.detach().numpy()).max() > 0.1
-
-
-def test_the_wheel_runs_where_there_is_no_torch(reference, tmp_path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    skipstone.export_onnx(reference, tmp_path / "out", tokenizer=tokenizer, progress=False)
-    python = bare_environment(tmp_path / "venv")
-    wheel(tmp_path)
-    install = ["install", "--quiet", "--no-deps", "--no-index", *map(str, tmp_path.glob("*.whl"))]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
-    assert subprocess.run([python, "-c", "import torch"], capture_output=True, cwd=tmp_path).returncode
-    prompt = "def read_lines(path):\n"
-    command = [python, "-m", "skipstone.runtime.onnx.runner", "out", prompt, "--max-new-tokens", "40"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    expected = reference.generate(ids, max_new_tokens=40, do_sample=False)[0]
-    assert said == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
-
-
-def bare_environment(directory: Path) -> str:
-    """The Python of a new environment that holds numpy, ONNX Runtime and tokenizers of this one, and nothing else."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
-    python = directory / "bin" / "python"
-    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
-    for name in ("numpy", "onnxruntime", "tokenizers"):
-        place = Path(importlib.util.find_spec(name).submodule_search_locations[0])  # type: ignore
-        for source in (place, place.with_name(f"{name}.libs")):
-            if source.exists():
-                (packages / source.name).symlink_to(source)
-    return str(python)
-
-
-def wheel(directory: Path) -> None:
-    """The wheel of this repository, built from a copy of it."""
-    copy = directory / "source"
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("skipstone", "ir", "passes", "runtime", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(copy)]
-    subprocess.run([sys.executable, "-m", "pip", *build], check=True)

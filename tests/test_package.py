@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shutil
 import stat
@@ -231,6 +232,40 @@ def test_an_unpacked_wheel_runs_outside_the_repository(wheel: Path, tmp_path: Pa
         archive.extractall(tmp_path)
     printed = python("import skipstone.cli, skipstone.runtime as r; print(r.__file__)", path=tmp_path)
     assert Path(printed.strip()) == tmp_path / "skipstone" / "runtime" / "__init__.py"
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_exported_models_where_there_is_no_torch(wheel: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import skipstone
+
+    name, prompt = ROOT / "benchmarks/reference/stdlib-llama", "def read_lines(path):\n"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(name).float().eval(), AutoTokenizer.from_pretrained(name)
+    skipstone.export_onnx(model, tmp_path / "out", tokenizer=tokenizer, progress=False)
+    interpreter = bare_environment(tmp_path / "venv", ("numpy", "onnxruntime", "tokenizers"))
+    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", interpreter, *install], check=True)
+    assert subprocess.run([interpreter, "-c", "import torch"], capture_output=True, cwd=tmp_path).returncode == 1
+    command = [interpreter, "-m", "skipstone.runtime.onnx.runner", "out", prompt, "--max-new-tokens", "40"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    given = tokenizer(prompt, return_tensors="pt")
+    expected = model.generate(**given, max_new_tokens=40, do_sample=False)[0]
+    assert said == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def bare_environment(directory: Path, names: tuple[str, ...]) -> str:
+    """The interpreter of a new environment that holds these packages of this one, and nothing else."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
+    interpreter = str(directory / "bin" / "python")
+    ask = [interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+    for name in names:
+        place = Path(str(importlib.util.find_spec(name).origin)).parent  # type: ignore[union-attr]
+        for source in (place, place.with_name(f"{name}.libs")):
+            if source.exists():
+                (packages / source.name).symlink_to(source)
+    return interpreter
 
 
 # ---------------------------------------------------------------------------------------------------- what is pinned

@@ -13,7 +13,9 @@ hidden column gets the lowest finite number, not -infinity, so that rows of padd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor, fx
 
 from skipstone.ir.attention import attend, key_bias_products, visible
-from skipstone.ir.errors import InternalError, Unsupported
+from skipstone.ir.dialect import PROMPT_MEAN, PROMPT_TURN
+from skipstone.ir.errors import InternalError
 from skipstone.ir.program import Port, Program, Role
 from skipstone.runtime.onnx.forms import OnnxForms
 
@@ -35,20 +38,19 @@ _NAMES = {Role.TOKENS: TOKENS, Role.PADDING: MASK, Role.POSITIONS: POSITIONS, Ro
 _WHICH = {Role.CACHE_KEY: "key", Role.CACHE_VALUE: "value"}
 
 
-def in_columns(program: Program) -> Program:
+def in_columns(program: Program, slots: Sequence[int] | None = None) -> Program:
     """A program with a cache behind the inputs and outputs of an exported decoder.
 
     ``attention_mask`` takes the place of ``start``, every row of the new tokens gets its logits, and the ports have the
     names of the convention; slots are numbered from 0 without gaps, and positions count from 0. To be lowered with
-    `ColumnForms`.
+    `ColumnForms`. Programs that continue others go the same way, over the numbers of those.
 
-    Raises:
-        Unsupported: the program goes on by prompt, which is several graphs.
+    Args:
+        slots: those to number; by default the program's own.
     """
-    if program.continuations:
-        hint = "Remove skip_by_prompt from the plan."
-        raise Unsupported("exporting skipping by prompt, which takes several decode graphs", hint=hint)
+    slots = program.slots() if slots is None else slots
     program = program.copy()
+    program.continuations = tuple(in_columns(each, slots) for each in program.continuations)
     tokens, start = program.input(Role.TOKENS), program.input(Role.START)
     past = program.input(Role.CACHE_KEY, program.slots()[0])
     if tokens is None or start is None or past is None:
@@ -67,10 +69,10 @@ def in_columns(program: Program) -> Program:
         counted = program.call(aten.sub.Tensor, real, size)
     start.replace_all_uses_with(counted)
     program.remove_inputs([start])
-    added = [size, real, counted, *_count_from_zero(program)]
+    added = [size, real, counted, *_count_new(program, mask, size), *_count_from_zero(program)]
     for node in added:
         node.meta |= {"nn_module_stack": {}, "made_by": ("export",)}
-    numbers = {slot: number for number, slot in enumerate(program.slots())}
+    numbers = {slot: number for number, slot in enumerate(slots)}
     program.inputs = tuple(_renamed(port, numbers, PAST) for port in program.inputs)
     program.outputs = tuple(_renamed(port, numbers, PRESENT) for port in program.outputs)
     program.recompile()
@@ -90,6 +92,24 @@ def _keep_all_rows(program: Program) -> None:
             below.add(node)
     program.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     program.remove_inputs([rows])
+
+
+def _count_new(program: Program, mask: fx.Node, size: fx.Node) -> list[fx.Node]:
+    """Count the real ones among the new tokens where the program asks for their number."""
+    count = program.input(Role.COUNT)
+    if count is None:
+        return []
+    with program.graph.inserting_after(size):
+        columns = program.call(aten.sym_size.int, mask, 1)
+    with program.graph.inserting_after(columns):
+        past = program.call(operator.sub, columns, size)
+    with program.graph.inserting_after(past):
+        new = program.call(aten.slice.Tensor, mask, 1, past, sys.maxsize)
+    with program.graph.inserting_after(new):
+        real = program.call(aten.sum.dim_IntList, new, [1])
+    count.replace_all_uses_with(real)
+    program.remove_inputs([count])
+    return [columns, past, new, real]
 
 
 def _count_from_zero(program: Program) -> list[fx.Node]:
@@ -129,6 +149,21 @@ class ColumnForms(OnnxForms):
         self.mask: Tensor = inputs[self.places[Role.PADDING]]
         self.past = inputs
         return super().run(*inputs, **options)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in (PROMPT_MEAN, PROMPT_TURN):
+            return self._prompt_feature(target, args)
+        return super().call_function(target, args, kwargs)
+
+    def _prompt_feature(self, target: Any, args: tuple[Any, ...]) -> Tensor:
+        """A mean over the real tokens, wherever they stand: rows of zeros add nothing to it."""
+        *streams, count = args
+        rows = streams[0].shape[1]
+        real = (self.mask[:, -rows:] != 0).unsqueeze(-1)
+        cleared = [torch.where(real, each, 0.0) for each in streams]
+        mean: Tensor = super().call_function(target, (*cleared, torch.full_like(count, rows)), {})
+        share = rows / count.to(mean.dtype)
+        return mean * (share if mean.ndim == 1 else share.unsqueeze(1))
 
     @property
     def _columns(self) -> Any:

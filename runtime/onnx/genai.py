@@ -14,13 +14,12 @@ from skipstone.ir.dialect import CACHED_ATTENTION, WRITING_OPS
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role
 from skipstone.runtime.onnx.columns import LOGITS, MASK, PAST, POSITIONS, PRESENT, TOKENS
+from skipstone.runtime.onnx.files import MODEL_FILE
 from skipstone.runtime.onnx.forms import has_group_query_form
-from skipstone.runtime.onnx.lower import MODEL_FILE
 
 CONFIG_FILE = "genai_config.json"
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
-_HINT = "Export with format='onnx'."
 
 
 def refuse_genai(program: Program) -> None:
@@ -32,22 +31,26 @@ def refuse_genai(program: Program) -> None:
         Unsupported: it has no cache, caches of different shapes, or an input that the format has no name for.
     """
     if not program.slots():
-        raise Unsupported("a model without a KV cache in onnxruntime-genai", hint=_HINT)
+        raise _refused("a model without a KV cache")
+    if program.continuations:
+        raise _refused("skip_by_prompt, which decodes with several graphs", entry=True)
     named = (Role.TOKENS, Role.PADDING, Role.POSITIONS, Role.CACHE_KEY, Role.CACHE_VALUE)
     if other := [port for port in program.inputs if port.role not in named]:
-        why = "skip_ffn_adaptive has to be told where the prompt ends" if other[0].role == Role.DECODE_START else ""
-        raise Unsupported(
-            f"the input {other[0].name!r} in onnxruntime-genai{f' ({why})' if why else ''}",
-            hint=f"Remove the entry from the plan, or export with {_HINT.removeprefix('Export with ')}"
-            if why
-            else _HINT,
-        )
+        if other[0].role == Role.DECODE_START:
+            raise _refused("skip_ffn_adaptive, which has to be told where the prompt ends", entry=True)
+        raise _refused(f"the input {other[0].name!r}")
     forms = {(fake.dtype, *map(int, (fake.shape[1], fake.shape[3]))) for fake in _caches(program)}
     if len(forms) > 1:
         shown = ", ".join(
             f"{heads} heads of {width} in {str(dtype)[6:]}" for dtype, heads, width in sorted(forms, key=str)
         )
-        raise Unsupported(f"caches of different shapes in onnxruntime-genai ({shown})", hint=_HINT)
+        raise _refused(f"caches of different shapes ({shown})")
+
+
+def _refused(feature: str, entry: bool = False) -> Unsupported:
+    """The refusal of a feature, which an entry of the plan brought or the model itself."""
+    hint = "Remove the entry from the plan, or export with format='onnx'." if entry else "Export with format='onnx'."
+    return Unsupported(f"{feature}, in onnxruntime-genai", hint=hint)
 
 
 def genai_config(

@@ -9,9 +9,7 @@ tensors are external data that the session takes from torch memory, under the na
 from __future__ import annotations
 
 import logging
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +23,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from skipstone.ir.dialect import WRITING_OPS, first_buffer
-from skipstone.ir.errors import ArtifactError, InternalError, Unsupported
+from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.program import Port, Program, Role, module_path
 from skipstone.runtime.onnx import attention, experts, gates
+from skipstone.runtime.onnx.files import MODEL_FILE, WEIGHTS_FILE, Weights, save
 from skipstone.runtime.onnx.forms import OnnxForms
 from skipstone.runtime.onnx.layouts import cancel_moves
 from skipstone.runtime.onnx.operators import gather_operators
@@ -36,8 +35,6 @@ from skipstone.runtime.onnx.places import keep_places, name_nodes, note_passes
 from skipstone.runtime.onnx.quantized import refuse_attentions
 from skipstone.runtime.session import written_buffers
 
-MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
-PAGE = 4096
 EXTERNAL_FROM_BYTES = 1024
 """Tensors from this size on are external. Smaller ones stay in the model, where ONNX Runtime can fold them."""
 
@@ -65,16 +62,21 @@ class LoweredModel:
 
 
 def lower(
-    program: Program, directory: Path | None = None, forms: type[OnnxForms] = OnnxForms, opset: int = OPSET
+    program: Program,
+    directory: Path | None = None,
+    forms: type[OnnxForms] = OnnxForms,
+    opset: int = OPSET,
+    weights: Weights | None = None,
 ) -> LoweredModel:
     """Lower a program to ONNX.
 
     Args:
         program: in float32; left as it is.
-        forms: the forms that its operators take.
-        opset: version of the standard operators, from `OPSET` on.
         directory: where to write ``model.onnx`` and its weights too, if anywhere: a directory that is empty or does not
             exist yet. It comes into being whole or not at all.
+        forms: the forms that its operators take.
+        opset: version of the standard operators, from `OPSET` on.
+        weights: the file in which its large initializers get their places, where other models share it.
     Raises:
         ArtifactError: the directory cannot be written.
         Unsupported: a dtype that ONNX Runtime has no CPU kernels for, or an operator that ONNX has no form for.
@@ -95,14 +97,15 @@ def lower(
     attention.expand(model, forms.in_place)
     cancel_moves(model)
     _name_ports(model, program)
-    tensors = _externalize(model, program)
+    weights = Weights() if weights is None else weights
+    tensors = _externalize(model, program, weights)
     keep_places(model)
     gates.expand(model)  # behind all else: nothing else looks into branches
     name_nodes(model)
     _name_sizes(model, program, forms)
     proto = at_opset(ir.to_proto(model), opset).SerializeToString()
     if directory is not None:
-        _save(proto, tensors, directory)
+        save({MODEL_FILE: proto}, weights, directory)
     inputs, outputs = (tuple(port.name for port in ports) for ports in (program.inputs, program.outputs))
     return LoweredModel(proto, tensors, inputs, outputs, written_buffers(program))
 
@@ -225,12 +228,11 @@ def _name_sizes(model: ir.Model, program: Program, forms: type[OnnxForms]) -> No
             value.shape = ir.Shape(sizes)
 
 
-def _externalize(model: ir.Model, program: Program) -> dict[str, Tensor]:
+def _externalize(model: ir.Model, program: Program, weights: Weights) -> dict[str, Tensor]:
     """Give initializers their program names, and turn large ones into external data."""
     own = program.tensors()
     ports = {port.name for port in (*program.inputs, *program.outputs)}
     tensors: dict[str, Tensor] = {}
-    offset = 0
     for initializer in list(model.graph.initializers.values()):
         original = str(initializer.name).removeprefix(f"{_ROOT}.")
         name = str(initializer.name) if original in ports else original
@@ -241,28 +243,6 @@ def _externalize(model: ir.Model, program: Program) -> dict[str, Tensor]:
         tensor = own[original] if original in own else torch.from_numpy(content.numpy())
         tensors[name] = tensor.detach().contiguous()
         initializer.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, offset, content.nbytes, content.dtype, name=name, shape=content.shape
+            WEIGHTS_FILE, weights.place(tensors[name]), content.nbytes, content.dtype, name=name, shape=content.shape
         )
-        offset += -(-content.nbytes // PAGE) * PAGE  # page-aligned, so that the file can be mapped
     return tensors
-
-
-def _save(proto: bytes, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Write the model and its external data beside `directory`, and move them there when they are complete."""
-    directory = directory.absolute()
-    try:
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
-            # A directory of its own: the temporary one may be read by nobody else.
-            complete = Path(temporary) / directory.name
-            complete.mkdir()
-            with open(complete / WEIGHTS_FILE, "wb") as file:
-                for tensor in tensors.values():  # in the places that `_externalize` has given them
-                    file.write(tensor.numpy().data)
-                    file.write(bytes(-tensor.nbytes % PAGE))
-            (complete / MODEL_FILE).write_bytes(proto)
-            os.replace(complete, directory)
-    except OSError as error:
-        raise ArtifactError(
-            f"Cannot write the model {directory}: {error.strerror or error}.",
-            hint="It needs a directory that is empty or does not exist yet.",
-        ) from error

@@ -37,13 +37,12 @@ class Runner:
         model = self.directory / MODEL_FILE
         if not model.is_file():
             raise ArtifactError(f"{self.directory} holds no {MODEL_FILE}.", hint="Write one with `skipstone export`.")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        self.inputs = {each.name: each for each in self.session.get_inputs()}
-        self.outputs = [each.name for each in self.session.get_outputs()]
-        if not any(name.startswith(_PAST) for name in self.inputs):
+        self.prompts = _Graph(model, threads)
+        if not self.prompts.caches:
             raise ArtifactError(f"The model in {self.directory} has no KV cache, so it cannot decode token by token.")
+        # What goes on with the sequences of each choice: graphs of their own, or the one that reads prompts.
+        own = range(len(list(self.directory.glob("decode_*.onnx"))))
+        self.steps = [_Graph(self.directory / f"decode_{number}.onnx", threads) for number in own] or [self.prompts]
         self.ends = self._end_tokens()
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -55,27 +54,41 @@ class Runner:
         Returns:
             the new tokens of each sequence, with the end token where it came.
         Raises:
-            InvalidInput: there is nothing to continue.
+            InvalidInput: there is nothing to continue, or no token to add.
         """
+        if max_new_tokens < 1:
+            raise InvalidInput(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise InvalidInput("a prompt is empty.", hint="Give at least one token a sequence.")
         width = max(map(len, prompts))
         tokens = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], np.int64)
         mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
-        lengths = mask.sum(axis=1)
-        past = self._empty_cache(len(prompts))
+        results = self.prompts.run(tokens, mask, mask.sum(axis=1), self.prompts.empty_cache(len(prompts)))
+        choice = results["choice"].numpy() if "choice" in results else np.zeros(len(prompts), np.int64)
         new: list[list[int]] = [[] for _ in prompts]
-        running = np.ones(len(prompts), bool)
-        for _ in range(max_new_tokens):
-            logits, past = self._step(tokens, mask, lengths, past)
-            chosen = logits[:, -1].argmax(axis=-1)
+        for number in np.unique(choice):
+            rows = np.flatnonzero(choice == number)
+            parts = results if len(rows) == len(prompts) else _rows(results, rows)
+            for row, written in zip(rows, self._go_on(int(number), parts, mask[rows], max_new_tokens), strict=True):
+                new[row] = written
+        return new
+
+    def _go_on(
+        self, choice: int, results: dict[str, OrtValue], mask: np.ndarray, max_new_tokens: int
+    ) -> list[list[int]]:
+        """The new tokens of sequences that made one choice, behind what reading their prompts gave."""
+        lengths, graph = mask.sum(axis=1), self.steps[choice]
+        new: list[list[int]] = [[] for _ in mask]
+        running = np.ones(len(mask), bool)
+        while True:
+            chosen = results["logits"].numpy()[:, -1].argmax(axis=-1)
             for row in np.flatnonzero(running):
                 new[row].append(int(chosen[row]))
             running &= ~np.isin(chosen, self.ends)
-            if not running.any():
-                break
-            tokens, mask = chosen[:, None], np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-        return new
+            if not running.any() or max(map(len, new)) == max_new_tokens:
+                return new
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+            results = graph.run(chosen[:, None], mask, lengths, graph.past(results))
 
     def continue_text(self, prompt: str, max_new_tokens: int) -> str:
         """The prompt and its continuation, by the tokenizer in the directory.
@@ -93,33 +106,6 @@ class Runner:
         text: str = tokenizer.decode([*tokens, *self.generate([tokens], max_new_tokens)[0]])
         return text
 
-    def _step(
-        self, tokens: np.ndarray, mask: np.ndarray, lengths: np.ndarray, past: dict[str, OrtValue]
-    ) -> tuple[np.ndarray, dict[str, OrtValue]]:
-        """Logits [B, S, V] of new tokens [B, S], the last columns of a mask [B, past + S], and the cache behind them.
-
-        Args:
-            lengths: int64 [B], tokens of each prompt.
-            past: by the names of the model's inputs.
-        """
-        positions = (mask.cumsum(axis=1) - 1).clip(min=0)[:, -tokens.shape[1] :]
-        steps = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "decode_start": lengths}
-        values = {
-            name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-            for name, value in steps.items()
-            if name in self.inputs
-        }
-        results = dict(zip(self.outputs, self.session.run_with_ort_values(None, values | past), strict=True))
-        logits: np.ndarray = results.pop("logits").numpy()
-        return logits, {name.replace(_PRESENT, _PAST): value for name, value in results.items()}
-
-    def _empty_cache(self, batch: int) -> dict[str, OrtValue]:
-        return {
-            name: OrtValue.ortvalue_from_numpy(np.zeros((batch, each.shape[1], 0, each.shape[3]), _TYPES[each.type]))
-            for name, each in self.inputs.items()
-            if name.startswith(_PAST)
-        }
-
     def _end_tokens(self) -> list[int]:
         """The tokens that end a sequence, as the generation config says, or else the model's own."""
         for name in ("generation_config.json", "config.json"):
@@ -128,6 +114,52 @@ class Runner:
             if (end := content.get("eos_token_id")) is not None:
                 return end if isinstance(end, list) else [end]
         return []
+
+
+class _Graph:
+    """One of the models, fed by names."""
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.inputs = [each.name for each in self.session.get_inputs()]
+        self.outputs = [each.name for each in self.session.get_outputs()]
+        self.caches = {each.name: each for each in self.session.get_inputs() if each.name.startswith(_PAST)}
+
+    def run(
+        self, tokens: np.ndarray, mask: np.ndarray, lengths: np.ndarray, past: dict[str, OrtValue]
+    ) -> dict[str, OrtValue]:
+        """All outputs for new tokens [B, S], the last columns of a mask [B, past + S].
+
+        Args:
+            lengths: int64 [B], tokens of each prompt.
+            past: the cache, by the names of the inputs.
+        """
+        positions = (mask.cumsum(axis=1) - 1).clip(min=0)[:, -tokens.shape[1] :]
+        steps = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "decode_start": lengths}
+        values = {
+            name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+            for name, value in steps.items()
+            if name in self.inputs
+        }
+        return dict(zip(self.outputs, self.session.run_with_ort_values(None, values | past), strict=True))
+
+    def past(self, results: dict[str, OrtValue]) -> dict[str, OrtValue]:
+        """What the last step left in the caches that this graph has."""
+        return {name: results[name.replace(_PAST, _PRESENT)] for name in self.caches}
+
+    def empty_cache(self, batch: int) -> dict[str, OrtValue]:
+        """The cache before the first token."""
+        return {
+            name: OrtValue.ortvalue_from_numpy(np.zeros((batch, each.shape[1], 0, each.shape[3]), _TYPES[each.type]))
+            for name, each in self.caches.items()
+        }
+
+
+def _rows(results: dict[str, OrtValue], rows: np.ndarray) -> dict[str, OrtValue]:
+    """The results of some sequences."""
+    return {name: OrtValue.ortvalue_from_numpy(value.numpy()[rows]) for name, value in results.items()}
 
 
 def main() -> None:
