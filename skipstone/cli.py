@@ -1,4 +1,4 @@
-"""The command line: look at a model, optimize it and let it speak, or export it."""
+"""The command line: look at a model, optimize it, let it speak, save it, or export it."""
 
 from __future__ import annotations
 
@@ -53,13 +53,22 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=_limit, metavar="nll=0.01", help="what the plan may cost: nll (relative), kl or top1"
     )
     optimize.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, with what was calibrated")
+    optimize.add_argument("--save", type=Path, metavar="DIR", help="write the executable, for `skipstone generate DIR`")
+    optimize.add_argument("--overwrite", action="store_true", help="replace an executable that is in DIR")
     optimize.add_argument(
         "--target", default="auto", help="auto, onnxruntime, triton (a MODEL on CUDA) or eager (default: auto)"
     )
-    optimize.add_argument("--threads", type=_positive, metavar="N")
     optimize.add_argument("--prompt", metavar="TEXT", help="generate a continuation of this text")
-    optimize.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     optimize.add_argument("--measure", action="store_true", help="time the model and the executable on the prompt")
+
+    generate = commands.add_parser("generate", help="generate text with an executable that was saved")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("directory", type=Path, metavar="DIR", help="what `skipstone optimize --save DIR` wrote")
+    generate.add_argument("--prompt", metavar="TEXT", required=True, help="generate a continuation of this text")
+    generate.add_argument("--target", help="onnxruntime, triton or eager (default: that which it was saved for)")
+    for command in (optimize, generate):
+        command.add_argument("--threads", type=_positive, metavar="N")
+        command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
 
     export = commands.add_parser("export", help="carry out a plan and write the model as ONNX")
     export.set_defaults(run=_export)
@@ -147,22 +156,23 @@ def describe(model: Any) -> str:
 def _optimize(arguments: argparse.Namespace) -> None:
     from skipstone.budget import Budget
     from skipstone.optimize import optimize
-    from skipstone.runtime.generate import CausalLM
+    from skipstone.runtime.artifact.store import check_free
 
+    if arguments.save is not None:
+        check_free(arguments.save, arguments.overwrite)
     if arguments.measure and arguments.prompt is None:
         raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
     plan, budget = _plan(arguments), arguments.budget and Budget(**dict([arguments.budget]))
     model = load_model(arguments.model, arguments.trust_remote_code)
     tokens = calibration = None
     tokenizer: Any = None
-    if arguments.prompt is not None or arguments.calibration is not None:
+    is_asked_for = arguments.prompt is not None or arguments.calibration is not None
+    if is_asked_for or (arguments.save is not None and _has_tokenizer(arguments.model)):
         tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     if arguments.calibration is not None:
         calibration = _calibration(arguments.calibration, tokenizer, model)
     if arguments.prompt is not None:
-        tokens = tokenizer(arguments.prompt, return_tensors="pt").input_ids
-        if tokens.numel() == 0:
-            raise UserError("The prompt is empty.", hint="Give at least one token after --prompt.")
+        tokens = _tokens(arguments.prompt, tokenizer)
     executable = optimize(
         model,
         plan,
@@ -175,12 +185,47 @@ def _optimize(arguments: argparse.Namespace) -> None:
         executable.plan.save(arguments.save_plan)
     if arguments.measure:
         executable.report.measure(executable, tokens, model)
+    if arguments.save is not None:
+        executable.save(arguments.save, tokenizer=tokenizer, overwrite=arguments.overwrite)
     print(executable.report)
     if tokens is not None:
-        if not isinstance(executable, CausalLM):
-            raise Unsupported("generating text with a model that is no causal language model", where=arguments.model)
-        generated = executable.generate(tokens, max_new_tokens=arguments.max_new_tokens, do_sample=False)
-        print(f"\n{tokenizer.decode(generated[0], skip_special_tokens=True)}")
+        print(f"\n{_continued(executable, tokenizer, tokens, arguments.max_new_tokens)}")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from skipstone.artifact import load
+
+    executable = load(arguments.directory, arguments.target, threads=arguments.threads)
+    name = str(arguments.directory)
+    if not _has_tokenizer(name):
+        raise UserError(f"{name} has no tokenizer.", hint="Save one with it: executable.save(path, tokenizer=...).")
+    tokenizer = load_tokenizer(name)
+    print(_continued(executable, tokenizer, _tokens(arguments.prompt, tokenizer), arguments.max_new_tokens))
+
+
+def _tokens(prompt: str, tokenizer: Any) -> Any:
+    """The tokens of a prompt, integers [1, S]."""
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids
+    if tokens.numel() == 0:
+        raise UserError("The prompt is empty.", hint="Give at least one token after --prompt.")
+    return tokens
+
+
+def _continued(executable: Any, tokenizer: Any, tokens: Any, count: int) -> str:
+    """The text of tokens with the `count` likeliest ones that follow."""
+    from skipstone.runtime.generate import CausalLM
+
+    if not isinstance(executable, CausalLM):
+        name = executable.program.source.name
+        raise Unsupported("generating text with a model that is no causal language model", where=name)
+    generated = executable.generate(tokens, max_new_tokens=count, do_sample=False)
+    text: str = tokenizer.decode(generated[0], skip_special_tokens=True)
+    return text
+
+
+def _has_tokenizer(name: str) -> bool:
+    """Whether MODEL brings a tokenizer, as far as can be told without loading it: those of the hub do."""
+    return Path(name, "tokenizer_config.json").exists() if Path(name).exists() else ":" not in name
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -99,19 +99,22 @@ SLOW = (
 ONNXRUNTIME = tuple(name for name in CASES if name != "by_token")  # ONNX Runtime has no such format
 
 
+WIDTH = 18
+
+
 class Odd(nn.Module):
     """Two inputs and nested outputs, a weight that is used twice, and views of one memory."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
         self.second.weight = self.first.weight
-        table = torch.randn(5, 6)
+        table = torch.randn(5, WIDTH)
         self.register_buffer("rows", table[1:4])
         self.register_buffer("turned", table[2:].t())
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
-        """x: [B, S, 6], y: [B, S, 6]."""
+        """x and y: [B, S, WIDTH]."""
         hidden = self.second(torch.tanh(self.first(x))) + y
         scores = (hidden @ self.rows.t()).masked_fill(y[..., :3] > 0, float("-inf"))
         return {"hidden": (hidden, [scores.exp()]), "turned": hidden @ self.turned}
@@ -120,7 +123,7 @@ class Odd(nn.Module):
 def odd_inputs(batch: int = 2, length: int = 5) -> dict[str, Tensor]:
     """Inputs of `Odd`."""
     generator = torch.Generator().manual_seed(batch * length)
-    return {name: torch.randn(batch, length, 6, generator=generator) for name in ("x", "y")}
+    return {name: torch.randn(batch, length, WIDTH, generator=generator) for name in ("x", "y")}
 
 
 @cache

@@ -118,6 +118,34 @@ def test_optimize_generates_and_measures(capsys, checkpoint: str, target: str):
     assert "prefill (9 tokens, median of 3)" in out and "not measured" not in out
 
 
+def test_what_optimize_saved_generates_the_same(capsys, checkpoint: str, tmp_path: Path):
+    options = ("--prompt", "def f(x):", "--max-new-tokens", "7", "--threads", "1")
+    saved = ("--target", "eager", "--save", "saved", "--skip-ffn", "1")
+    code, out, _ = run(capsys, "optimize", checkpoint, *options, *saved)
+    assert code == 0
+    sys.modules.pop("tiny_models")
+    (tmp_path / "tiny_models.py").unlink()
+    code, text, _ = run(capsys, "generate", "saved", *options)
+    assert code == 0 and text.startswith("def f(x):") and out.endswith(text)
+    code, again, _ = run(capsys, "generate", "saved", *options, "--target", "onnxruntime")
+    assert code == 0 and again == text
+    code, _, error = run(capsys, "generate", "saved", "--prompt", "")
+    assert code == 2 and "The prompt is empty" in error
+    code, _, error = run(capsys, "optimize", checkpoint, "--save", "saved")
+    assert code == 2 and "saved holds an artifact" in error
+    code, _, _ = run(capsys, "optimize", checkpoint, *saved, "--overwrite")
+    assert code == 0
+
+
+def test_generate_needs_a_tokenizer(capsys):
+    code, _, _ = run(capsys, "optimize", "tiny_models:llama", "--target", "eager", "--save", "saved")
+    assert code == 0
+    code, _, error = run(capsys, "generate", "saved", "--prompt", "x")
+    assert code == 2 and "saved has no tokenizer. Save one with it" in error
+    code, _, error = run(capsys, "generate", "absent", "--prompt", "x")
+    assert code == 2 and "There is no directory absent" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -76,7 +76,7 @@ def check_free(directory: Path, overwrite: bool = False) -> None:
     if not (directory / MANIFEST).is_file():
         raise ArtifactError(f"{directory} holds something else.", hint="Name a directory that does not exist yet.")
     if not overwrite:
-        raise ArtifactError(f"{directory} holds an artifact.", hint="Name another directory, or pass overwrite=True.")
+        raise ArtifactError(f"{directory} holds an artifact.", hint="Name another directory, or ask to overwrite it.")
 
 
 def _write_manifest(folder: Path, written_by: Mapping[str, str]) -> None:
