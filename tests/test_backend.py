@@ -36,7 +36,11 @@ def llama() -> PreTrainedModel:
     ("plan", "change"),
     [
         (Plan([]), lambda model: model),
-        (Plan([SkipSublayers(attention=(1,), ffn=(2,), layers=(3,))]), lambda m: without(m, (1, 3), (2, 3))),
+        pytest.param(
+            Plan([SkipSublayers(attention=(1,), ffn=(2,), layers=(3,))]),
+            lambda model: without(model, (1, 3), (2, 3)),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Plan([LayerParallel((Segment(1, 4),))]), lambda model: side_by_side(model, 1, 4), marks=pytest.mark.slow
         ),
@@ -159,7 +163,7 @@ def test_attention_in_plain_operators(llama: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [pytest.param(None, marks=pytest.mark.slow), "static"])
 def test_generate(llama: PreTrainedModel, cache: str | None) -> None:
     reports: list[Any] = []
     options = {"plan": Plan([SkipSublayers(attention=(1,), ffn=(2,))]), "report": reports.append}

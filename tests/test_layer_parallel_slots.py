@@ -301,7 +301,7 @@ def test_onnx_runtime_writes_one_buffer_several_times(kv: str) -> None:
     """Also where one query of one sequence reads its window alone, which has a form of its own."""
     own = program(Segment(1, 5, 2), kv, kv == "final", torch.float32)
     eager, model = Executable(EagerSession(own)), Executable(OnnxSession(own, 1))
-    written = Counter(model.session._written.values())  # type: ignore[attr-defined]
+    written = Counter(model.session.lowered.written.values())  # type: ignore[attr-defined]
     assert {name: number for name, number in written.items() if number > 1} == {
         f"{which}_{slot}": 2 + (kv == "final" and slot == 3) for which in ("key", "value") for slot in SHARED[kv]
     }
