@@ -87,6 +87,8 @@ def export_onnx(
     plan = Plan([]) if plan is None else plan
     refuse_unusable(model)
     check_plan(plan, TARGET, calibration is not None)
+    if format == "genai":
+        _check_end_token(model)
     stages = Stages(progress)
     with stages("capture"):
         captured = capture(model, example_inputs, dynamic_shapes)
@@ -120,6 +122,14 @@ def export_onnx(
     return report
 
 
+def _check_end_token(model: nn.Module) -> None:
+    """Refuse a model for onnxruntime-genai that does not say what ends a sequence: it would end them at token 0."""
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.eos_token_id is None:
+        hint = "Set model.generation_config.eos_token_id, which onnxruntime-genai cannot do without."
+        raise InvalidInput("the generation config has no eos_token_id.", hint=hint)
+
+
 def _write_models(directory: Path, program: Program, forms: type[OnnxForms], opset: int) -> None:
     """The models of a program and of those that continue it, over one file of weights."""
     weights = Weights()
@@ -149,14 +159,13 @@ def _write_configuration(directory: Path, model: nn.Module, program: Program, fo
         _write_json(directory / "generation_config.json", generation)
     if format == "genai":
         config = model.config.get_text_config()
-        tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         logits = program.output(Role.LOGITS)
         content = genai_config(
             program,
             heads=config.num_attention_heads,
             hidden=config.hidden_size,
             vocabulary=int(logits.meta["val"].shape[-1]),  # type: ignore[union-attr]
-            generation=tokens | {name: value for name, value in generation.items() if value is not None},
+            generation=generation,
         )
         _write_json(directory / CONFIG_FILE, content)
 

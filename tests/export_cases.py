@@ -72,10 +72,10 @@ def batch(padding: list[int], vocabulary: int = VOCABULARY) -> tuple[np.ndarray,
     return tokens, mask
 
 
-def original_logits(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Logits of all columns at once, by Hugging Face's own code."""
+def original_logits(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray, first: int = 0) -> np.ndarray:
+    """Logits of all columns at once, by Hugging Face's own code, which calls the first position `first`."""
     with torch.no_grad():
-        positions = torch.tensor((mask.cumsum(1) - 1).clip(0))
+        positions = torch.tensor((mask.cumsum(1) - 1).clip(0)) + first
         return model(torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=positions).logits.numpy()
 
 

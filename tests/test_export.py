@@ -27,8 +27,8 @@ from skipstone.ir.errors import ArtifactError, InvalidInput, Unsupported
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.runtime.onnx.runner import Runner
 from tests.export_cases import PADDINGS, PROMPT, Loader, all_nodes, assert_close, batch, original_logits
-from tests.genai_cases import assert_same_tokens
-from tests.tiny_models import FIRST_WORD, VOCABULARY, randomize, tiny_model, tokens
+from tests.genai_cases import assert_same_tokens, with_end
+from tests.tiny_models import VOCABULARY, randomize, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +44,7 @@ def export(model: torch.nn.Module, directory: Path, *plan, **options) -> Path:
 @pytest.fixture(scope="module")
 def gemma() -> PreTrainedModel:
     """Soft caps, windows, and norms behind sublayers."""
-    return tiny_model("gemma2")
+    return with_end(tiny_model("gemma2"))
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_the_runner_imports_no_torch() -> None:
 
 def test_genai_generates_the_same_tokens(gemma, decoder) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="needs the extra genai")
-    assert_same_tokens(genai, gemma, decoder, FIRST_WORD)
+    assert_same_tokens(genai, gemma, decoder)
 
 
 # --------------------------------------------------------------------------------------------- a decoder with a plan
@@ -268,7 +268,11 @@ def bert() -> PreTrainedModel:
 
 def test_an_encoder_exports_with_skipping(bert, tmp_path) -> None:
     plan = skipstone.SkipSublayers(ffn=(2,))
-    directory = export(bert, tmp_path / "out", plan)
+    for name in ("model.onnx", "left.txt"):  # an earlier export
+        tmp_path.joinpath("out").mkdir(exist_ok=True)
+        tmp_path.joinpath("out", name).write_text("earlier")
+    directory = export(bert, tmp_path / "out", plan, overwrite=True)
+    assert list(tmp_path.iterdir()) == [directory] and not (directory / "left.txt").exists()
     onnx.checker.check_model(str(directory / "model.onnx"), full_check=True)
     loader = Loader(directory)
     ids, mask = batch([0, 3, -5])
@@ -320,7 +324,8 @@ def test_genai_cannot_run_everything(tmp_path, bert) -> None:
         export(small(), tmp_path / "out", adaptive, format="genai")
     with pytest.raises(Unsupported, match="a model without a KV cache, in onnxruntime-genai"):
         export(bert, tmp_path / "out", format="genai")
-    mixed, data = skipstone.QuantizeKV(layers=(1,)), [torch.randint(0, 30, (2, 12))]
-    with pytest.raises(Unsupported, match=r"caches of different shapes .*float32.*int8"):
-        export(small(), tmp_path / "out", mixed, format="genai", calibration=data)
+    endless = small()
+    endless.generation_config.eos_token_id = None
+    with pytest.raises(InvalidInput, match="no eos_token_id"):
+        export(endless, tmp_path / "out", format="genai")
     assert not any(tmp_path.iterdir())

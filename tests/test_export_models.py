@@ -14,20 +14,21 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     ViTConfig,
     ViTModel,
 )
 
 import skipstone
+from skipstone.ir.errors import Unsupported
 from skipstone.passes.layer_parallel import Segment
 from skipstone.runtime.onnx.runner import Runner
 from tests import test_skip_by_prompt as by_prompt
 from tests.export_cases import PADDINGS, PROMPT, Loader, assert_close, batch, original_logits
-from tests.genai_cases import assert_same_tokens, generated
-from tests.tiny_models import FIRST_WORD, randomize, tiny_model, tokens
+from tests.genai_cases import assert_same_tokens, generated, with_end
+from tests.tiny_models import randomize, tiny_model, tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -62,33 +63,60 @@ def test_architectures(name, tmp_path) -> None:
         assert_close(Loader(directory).stepwise(ids, mask), original_logits(model, ids, mask), mask)
 
 
+def test_positions_count_from_zero_whatever_the_model_calls_the_first(tmp_path) -> None:
+    model = tiny_model("roberta:decoder")
+    directory = export(model, tmp_path / "out")
+    ids, mask = batch(PADDINGS["left"])
+    expected = original_logits(model, ids, mask, first=model.config.pad_token_id + 1)
+    assert_close(Loader(directory).stepwise(ids, mask), expected, mask)
+
+
 @pytest.mark.parametrize("name", NAMED_BY_GENAI)
 def test_genai_with_and_without_the_attention_of_the_first_and_the_last_layer(genai, name, tmp_path) -> None:
-    model, plan = tiny_model(name), skipstone.SkipSublayers(attention=(0, 3))
-    assert_same_tokens(genai, model, export(model, tmp_path / "whole", format="genai"), FIRST_WORD)
+    model, plan = with_end(tiny_model(name)), skipstone.SkipSublayers(attention=(0, 3))
+    assert_same_tokens(genai, model, export(model, tmp_path / "whole", format="genai"))
     skipping = skipstone.optimize(model, skipstone.Plan([plan]), target="eager", progress=False)
-    assert_same_tokens(genai, skipping, export(model, tmp_path / "skipping", plan, format="genai"), FIRST_WORD)
+    assert_same_tokens(genai, skipping, export(model, tmp_path / "skipping", plan, format="genai"))
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_genai_with_quantized_caches(genai, form, tmp_path) -> None:
-    model, data = tiny_model("llama"), [tokens(4, 16, seed=7)]
+    model, data = with_end(tiny_model("llama")), [tokens(4, 16, seed=7)]
     plan = skipstone.QuantizeKV(k=form, v=form)
     quantized = skipstone.optimize(model, skipstone.Plan([plan]), target="eager", calibration=data, progress=False)
     directory = export(model, tmp_path / "out", plan, format="genai", calibration=data)
-    assert_same_tokens(genai, quantized, directory, FIRST_WORD)
+    assert_same_tokens(genai, quantized, directory)
 
 
-def test_genai_with_caches_that_grow(genai, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
     """Heads of 12 channels have no GroupQueryAttention, and what attends instead does not write in place."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, head_dim=12, max_position_embeddings=64, eos_token_id=None)
-    model = randomize(LlamaForCausalLM(config).eval())
-    directory = export(model, tmp_path / "out", format="genai")
+    sizes = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 12}
+    options = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5, "eos_token_id": None}
+    model = randomize(MistralForCausalLM(MistralConfig(**sizes, **options, max_position_embeddings=64)).eval())
+    return model, export(with_end(model), tmp_path_factory.mktemp("narrow") / "out", format="genai")
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_windows_without_group_query_attention(narrow, padding) -> None:
+    model, directory = narrow
+    ids, mask = batch(PADDINGS[padding])
+    assert_close(Loader(directory).stepwise(ids, mask), original_logits(model, ids, mask), mask)
+
+
+def test_genai_with_caches_that_grow(genai, narrow) -> None:
+    model, directory = narrow
     config = json.loads((directory / "genai_config.json").read_text())
     assert config["search"]["past_present_share_buffer"] is False
-    assert_same_tokens(genai, model, directory, FIRST_WORD)
+    assert_same_tokens(genai, model, directory)
+
+
+def test_genai_has_one_shape_of_caches(tmp_path) -> None:
+    mixed, data = skipstone.QuantizeKV(layers=(1,)), [tokens(2, 12)]
+    with pytest.raises(Unsupported, match=r"caches of different shapes .*float32.*int8"):
+        export(with_end(tiny_model("llama")), tmp_path / "out", mixed, format="genai", calibration=data)
+    assert not any(tmp_path.iterdir())
 
 
 def test_genai_and_the_runner_with_the_reference_model(genai, reference, tmp_path) -> None:

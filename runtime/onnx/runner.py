@@ -107,13 +107,11 @@ class Runner:
         return text
 
     def _end_tokens(self) -> list[int]:
-        """The tokens that end a sequence, as the generation config says, or else the model's own."""
-        for name in ("generation_config.json", "config.json"):
-            file = self.directory / name
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            if (end := content.get("eos_token_id")) is not None:
-                return end if isinstance(end, list) else [end]
-        return []
+        """The tokens that end a sequence, as the generation config says."""
+        file = self.directory / "generation_config.json"
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        end = content.get("eos_token_id")
+        return end if isinstance(end, list) else [] if end is None else [end]
 
 
 class _Graph:
