@@ -82,8 +82,10 @@ def _device(target: str, saved: str, asked: str | torch.device | None) -> torch.
         place = torch.device(asked or DEVICES.get(target, saved))
     except RuntimeError as error:
         raise InvalidInput(f"{asked!r} is no device.", hint="Devices are 'cpu' and 'cuda'.") from error
-    if place.type != "cuda" or torch.cuda.is_available():
+    if place.type != "cuda":
         return place
+    if torch.cuda.is_available():
+        return place if place.index is not None else torch.device("cuda", torch.cuda.current_device())
     if asked is None and target not in DEVICES:
         return torch.device("cpu")
     hint = "Load it for the CPU: target='onnxruntime' or target='eager'."

@@ -13,11 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import skipstone
 from skipstone import optimize as optimize_function
@@ -26,6 +27,7 @@ from skipstone.ir.printer import readable
 from skipstone.passes.base import Remark, Status
 from skipstone.report import Conversion, Timing
 from skipstone.runtime.artifact import weights
+from skipstone.runtime.artifact.graph import Sizes, program_from_data, program_to_data, sizes_of
 from skipstone.runtime.by_prompt import PromptSession
 from skipstone.runtime.denoise import MaskedLM
 from skipstone.runtime.eager import EagerSession
@@ -176,6 +178,15 @@ def test_the_report_comes_back(tmp_path: Path) -> None:
     assert str(new.report).splitlines()[2:] == str(report).splitlines()[2:]
 
 
+def test_what_was_loaded_is_saved_again(folder: Path, tmp_path: Path) -> None:
+    for case, target in (("by_prompt", "eager"), ("quantized", "onnxruntime")):
+        skipstone.load(saved(case, target, folder)).save(tmp_path / case)
+        new: Any = skipstone.load(tmp_path / case)
+        assert_same(cases.results(new), cases.results(cases.executable(case, target)))
+        for name in ("weights.safetensors", "plan.json", "config.json"):
+            assert (tmp_path / case / name).read_bytes() == (saved(case, target, folder) / name).read_bytes()
+
+
 def test_weights_are_written_once(folder: Path) -> None:
     for case, target in (
         ("plain", "onnxruntime"),
@@ -207,6 +218,28 @@ def test_another_target_may_be_asked_for(folder: Path) -> None:
 def test_gates_become_kernels_on_the_gpu_target(folder: Path) -> None:
     new = skipstone.load(saved("adaptive", "eager", folder), "triton")
     assert code(new.program) == code(cases.executable("adaptive", "triton").program)
+
+
+class Counted(nn.Module):
+    """Makes a tensor of its own, on a device that it names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, S, WIDTH]."""
+        return x + torch.arange(x.shape[1], device="cpu").view(-1, 1) + self.offset
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.ones(1))
+
+
+def test_a_program_moves_to_another_device() -> None:
+    inputs = {"x": cases.odd_inputs()["x"]}
+    program = optimize_function(Counted().eval(), target="eager", example_inputs=inputs, progress=False).program
+    meta = torch.device("meta")
+    tensors = {name: tensor.to(meta) for name, tensor in program.tensors().items()}
+    moved = program_from_data(program_to_data(program), tensors, Sizes(sizes_of([program])), meta)
+    assert {node.meta["val"].device for node in moved.nodes() if isinstance(node.meta["val"], Tensor)} == {meta}
+    assert moved.source == replace(program.source, device=meta)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -290,8 +323,8 @@ def test_a_process_without_the_models_code_loads_it(tmp_path: Path) -> None:
 @cache
 def bases() -> list[Tensor]:
     torch.manual_seed(0)
-    floats = torch.randn(24)
-    return [floats, torch.arange(24), torch.randn(24).to(torch.bfloat16), torch.randn(12, dtype=torch.complex64)]
+    numbers = torch.randn(12, dtype=torch.complex64), torch.randn(12, dtype=torch.complex128)
+    return [torch.randn(24), torch.arange(24), torch.randn(24).to(torch.bfloat16), *numbers]
 
 
 VIEWS = {
@@ -311,7 +344,7 @@ VIEWS = {
 
 
 @settings(deadline=None, max_examples=60)
-@given(picks=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(sorted(VIEWS))), max_size=7))
+@given(picks=st.lists(st.tuples(st.integers(0, 4), st.sampled_from(sorted(VIEWS))), max_size=7))
 def test_any_views_come_back_and_share_what_they_shared(
     tmp_path_factory: pytest.TempPathFactory, picks: list[tuple[int, str]]
 ) -> None:
@@ -341,6 +374,21 @@ def reached(tensor: Tensor) -> set[int]:
 
 def distance(tensors: Mapping[str, Tensor], one: str, other: str) -> int:
     return tensors[one].data_ptr() - tensors[other].data_ptr()
+
+
+def test_tensors_that_are_conjugates_or_negatives_come_back(tmp_path: Path) -> None:
+    base = torch.randn(4, dtype=torch.complex64)
+    tensors = {"conjugate": base.conj(), "negative": base.conj().imag, "plain": base}
+    places = weights.write(tensors, tmp_path / "w")
+    for name, tensor in weights.read(tmp_path / "w", places, CPU).items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_memory_that_overlaps_in_part_is_refused(tmp_path: Path) -> None:
+    memory = numpy.zeros(12, dtype=numpy.float32)
+    tensors = {"first": torch.from_numpy(memory[:8]), "second": torch.from_numpy(memory[4:])}
+    with pytest.raises(Unsupported, match="memory that overlaps in part"):
+        weights.write(tensors, tmp_path / "w")
 
 
 def test_tensors_are_aligned(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_files_that_were_swapped_are_refused(artifact: Path) -> None:
     (artifact / "other").rename(artifact / "report.json")
     refused(artifact, "plan.json has .* bytes instead of")
     sign(artifact)
-    refused(artifact, "(plan|report).json is (not a plan|damaged)", kind=SkipstoneError)
+    refused(artifact, "plan.json is not a plan|Cannot read .*report.json", kind=SkipstoneError)
 
 
 def test_what_is_no_artifact_is_refused(artifact: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_what_is_no_artifact_is_refused(artifact: Path, tmp_path: Path) -> None:
     refused(tmp_path / "empty", "is no artifact: it has no skipstone.json")
     refused(artifact / "plan.json", "There is no directory")
     (artifact / store.MANIFEST).write_text("{")
-    refused(artifact, "skipstone.json is damaged: JSONDecodeError")
+    refused(artifact, "Cannot read .*skipstone.json: JSONDecodeError")
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_what_is_no_artifact_is_refused(artifact: Path, tmp_path: Path) -> None:
         ),
         (lambda data: data.update(version=True), "version must be a positive integer, not True"),
         (lambda data: data.update(version=0), "version must be a positive integer, not 0"),
-        (lambda data: data.update(files=3), "damaged: TypeError"),
-        (lambda data: data.pop("files"), "damaged: KeyError: 'files'"),
+        (lambda data: data.update(files=3), ": TypeError"),
+        (lambda data: data.pop("files"), ": KeyError: 'files'"),
         (lambda data: data["files"].pop("program.json"), "has no program.json. Is the artifact complete"),
         (lambda data: data["files"].pop("weights.safetensors"), "has no weights.safetensors"),
         (lambda data: data["files"]["plan.json"].update(bytes=-1), "instead of -1"),
@@ -186,7 +186,7 @@ def test_links_are_refused(artifact: Path, tmp_path: Path) -> None:
         refused(artifact, "report.json is a link. Artifacts hold plain files only")
     (artifact / "report.json").unlink()
     (artifact / "report.json").symlink_to("report.json")
-    refused(artifact, "Cannot read|is a link|damaged")
+    refused(artifact, "Cannot read .*skipstone.json|is a link")
 
 
 def test_a_manifest_or_folder_that_is_a_link_is_refused(artifact: Path, tmp_path: Path) -> None:
@@ -270,33 +270,33 @@ def replaced_call(name: str, *args: Any) -> Callable[[Any], None]:
         (replaced_call("operator.mul", 10**18, 10**18), "a number is too large"),
         (replaced_call("operator.add", 10**30, 1), "a number is too large"),
         (replaced_call("operator.add", {"node": "x"}, 1), "called on something else than numbers"),
-        (replaced_call("aten.neg.default", {"node": "nothing"}), "damaged: KeyError: 'nothing'"),
-        (replaced_call("aten.neg.default", {"node": "x", "tuple": []}), "damaged: ValueError"),
-        (replaced_call("aten.neg.default", {"class": "x"}), "damaged: KeyError: 'class'"),
+        (replaced_call("aten.neg.default", {"node": "nothing"}), ": KeyError: 'nothing'"),
+        (replaced_call("aten.neg.default", {"node": "x", "tuple": []}), ": ValueError"),
+        (replaced_call("aten.neg.default", {"class": "x"}), ": KeyError: 'class'"),
         (lambda data: first(data, "call").update(name=PAYLOAD), "is no plain name"),
         (lambda data: first(data, "call").update(name="x"), "two nodes have the name x"),
         (lambda data: first(data, "call").update(kwargs={PAYLOAD: 1}), "is no plain name"),
         (lambda data: first(data, "call").update(path="x\nimport os"), "is no path of a module"),
-        (lambda data: first(data, "call").update(made_by=[PAYLOAD]), "is no plain name"),
+        (lambda data: first(data, "call").update(made_by=[PAYLOAD]), "is no path of a module or name of a pass"),
         (lambda data: first(data, "call").update(layer="1"), "'1' is no integer"),
-        (lambda data: first(data, "tensor").update(tensor="__class__"), "damaged: KeyError|no name of a tensor"),
+        (lambda data: first(data, "tensor").update(tensor="__class__"), ": KeyError|no name of a tensor"),
         (lambda data: data["programs"][0]["inputs"][0].update(name=PAYLOAD), "is no plain name"),
         (lambda data: data["programs"][0]["inputs"][0].update(name="lambda"), "'lambda' is no plain name"),
-        (lambda data: data["programs"][0]["inputs"][0].update(role="tokens"), "damaged: invariant 3 does not hold"),
-        (lambda data: data["programs"][0]["inputs"][0].update(shape=["s", 6]), "damaged: KeyError: 's'"),
+        (lambda data: data["programs"][0]["inputs"][0].update(role="tokens"), ": invariant 3 does not hold"),
+        (lambda data: data["programs"][0]["inputs"][0].update(shape=["s", 6]), ": KeyError: 's'"),
         (lambda data: data["programs"][0]["nodes"].append(DEAD), "invariant 7 does not hold"),
-        (lambda data: data["programs"][0].update(structure={"set": [0]}), "damaged: KeyError: 'set'"),
-        (lambda data: data["programs"].clear(), "damaged: IndexError"),
+        (lambda data: data["programs"][0].update(structure={"set": [0]}), ": KeyError: 'set'"),
+        (lambda data: data["programs"].clear(), ": IndexError"),
         (lambda data: data["sizes"].update({name: 1 for name in data["sizes"]}), "1 is no example of a size"),
         (lambda data: data["sizes"].update({name: 10**20 for name in data["sizes"]}), "no example of a size"),
-        (lambda data: data.update(threads=-1), "damaged: ValueError: -1 is no number of threads"),
-        (lambda data: data["tensors"].popitem(), "damaged: KeyError"),
-        (lambda data: place(data).update(offset=10**9), "weights.safetensors is damaged"),
-        (lambda data: place(data).update(offset=-4), "weights.safetensors is damaged"),
-        (lambda data: place(data).update(stride=[-1, 1]), "weights.safetensors is damaged"),
-        (lambda data: place(data).update(shape=[10**6, 10**6]), "weights.safetensors is damaged"),
-        (lambda data: place(data).update(span="other"), "weights.safetensors is damaged"),
-        (lambda data: place(data).update(dtype="Tensor"), "damaged: KeyError: 'Tensor'"),
+        (lambda data: data.update(threads=-1), ": ValueError: -1 is no number of threads"),
+        (lambda data: data["tensors"].popitem(), ": KeyError"),
+        (lambda data: place(data).update(offset=10**9), "Cannot read .*weights.safetensors: .*damaged"),
+        (lambda data: place(data).update(offset=-4), "Cannot read .*weights.safetensors: .*damaged"),
+        (lambda data: place(data).update(stride=[-1, 1]), "Cannot read .*weights.safetensors: .*damaged"),
+        (lambda data: place(data).update(shape=[10**6, 10**6]), "Cannot read .*weights.safetensors: .*damaged"),
+        (lambda data: place(data).update(span="other"), "Cannot read .*weights.safetensors: .*damaged"),
+        (lambda data: place(data).update(dtype="Tensor"), ": KeyError: 'Tensor'"),
     ],
 )  # fmt: skip
 def test_a_program_that_may_not_be_is_refused(
@@ -398,7 +398,7 @@ def big(model: onnx.ModelProto) -> TensorProto:
         (lambda model: model.graph.input.pop(), "has other inputs than its program"),
         (lambda model: model.graph.output.pop(), "has other outputs than its program"),
         (lambda model: model.graph.initializer.remove(big(model)), "has no external tensor"),
-        (lambda model: model.graph.node.pop(), "ONNX model is damaged"),
+        (lambda model: model.graph.node.pop(), "Cannot read the ONNX model"),
         (lambda model: model.Clear(), "has no external tensor|other inputs"),
     ],
 )  # fmt: skip
@@ -413,7 +413,7 @@ def test_an_onnx_model_that_may_not_be_is_refused(
 def test_bytes_that_are_no_onnx_model_are_refused(with_onnx: Path) -> None:
     (with_onnx / "model.onnx").write_bytes(b"\xff" * 100)
     sign(with_onnx)
-    refused(with_onnx, "model.onnx is damaged")
+    refused(with_onnx, "Cannot read .*model.onnx: DecodeError")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -39,8 +39,8 @@ def save(executable: Executable, directory: Path, tokenizer: Any = None, overwri
         "max_length": executable.max_length,
         "cache_refusal": None,
         "model_output": executable.output_adapter is not None,
-        "sizes": sizes_of(programs),
         "programs": [program_to_data(each) for each in programs],
+        "sizes": sizes_of(programs),
     }
     if (refusal := executable.cache_refusal) is not None:
         data["cache_refusal"] = {"feature": refusal.feature, "where": refusal.where, "hint": refusal.hint}

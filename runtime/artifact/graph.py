@@ -102,6 +102,8 @@ def _port_to_data(port: Port) -> dict[str, Any]:
 
 def _value_to_data(name: str, value: Any) -> dict[str, Any]:
     """Dtype and shape of an input, sizes that are not fixed by their names."""
+    if not isinstance(value, Tensor):
+        raise Unsupported(f"saving input {name!r}, which is no tensor", hint="Make it a tensor.")
     shape: list[int | str] = []
     for size in value.shape:
         if not isinstance(size, int) and not size.node.expr.is_Symbol:
@@ -124,6 +126,8 @@ def _node_to_data(node: fx.Node, device: torch.device) -> dict[str, Any]:
 def _origin_to_data(node: fx.Node) -> dict[str, Any]:
     """Where a node came from; of the model's source code, nothing is kept."""
     data = {key: node.meta[key] for key in ("made_by", _LAYER, _HEADS, PARALLEL) if key in node.meta}
+    for each in data.get("made_by", ()):
+        _check(each, _PATH.fullmatch(each), "the work of a pass")
     if node.meta.get("nn_module_stack") or node.meta.get("stack_trace"):
         path = module_path(node)
         data["path"] = path if _PATH.fullmatch(path) else ""
@@ -239,9 +243,9 @@ def program_from_data(
         fx.GraphModule(dict(tensors), graph),
         tuple(_port(each) for each in data["inputs"]),
         tuple(_port(each) for each in data["outputs"]),
-        Source(**{**data["source"], "dtype": DTYPES[data["source"]["dtype"]], "device": device}),
+        _source(data["source"], device),
         output_spec=None if data["structure"] is None else tree_flatten(_unstructure(data["structure"]))[1],
-        layers=data["layers"],
+        layers=_optional(data["layers"]),
     )
     verify(program, after="saving")
     return program
@@ -262,17 +266,16 @@ def _call(graph: fx.Graph, data: Mapping[str, Any], nodes: Mapping[str, fx.Node]
 def _set_origin(node: fx.Node, data: Mapping[str, Any]) -> None:
     """Note at a node what `_origin_to_data` wrote."""
     if "path" in data:
-        if not _PATH.fullmatch(data["path"]):
-            raise ArtifactError(f"{data['path']!r} is no path of a module.")
-        node.meta["nn_module_stack"] = {data["path"]: (data["path"], "torch.nn.Module")}
+        path = _path(data["path"])
+        node.meta["nn_module_stack"] = {path: (path, "torch.nn.Module")}
     if "made_by" in data:
-        node.meta["made_by"] = tuple(_plain(each) for each in data["made_by"])
+        node.meta["made_by"] = tuple(_path(each) for each in data["made_by"])
     if _LAYER in data:
         node.meta[_LAYER] = _integer(data[_LAYER])
     if _HEADS in data:
         node.meta[_HEADS] = tuple(_integer(each) for each in data[_HEADS])
     if PARALLEL in data:
-        node.meta[PARALLEL] = tuple(_plain(each) for each in data[PARALLEL])
+        node.meta[PARALLEL] = tuple(_path(each) for each in data[PARALLEL])
 
 
 def _check_operands(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -323,9 +326,21 @@ def _unstructure(data: Any) -> Any:
     return {"list": list, "tuple": tuple}[kind](_unstructure(each) for each in content)
 
 
+def _source(data: Mapping[str, Any], device: torch.device) -> Source:
+    return Source(
+        name=_path(data["name"]),
+        dtype=DTYPES[data["dtype"]],
+        device=device,
+        vocabulary=_optional(data["vocabulary"]),
+        max_positions=_optional(data["max_positions"]),
+        parameters=_integer(data["parameters"]),
+        fingerprint=_path(data["fingerprint"]),
+        first_position=_integer(data["first_position"]),
+    )
+
+
 def _port(data: Mapping[str, Any]) -> Port:
-    slot = None if data["slot"] is None else _integer(data["slot"])
-    return Port(str(data["name"]), Role(data["role"]), slot, str(data["part"]))
+    return Port(str(data["name"]), Role(data["role"]), _optional(data["slot"]), str(data["part"]))
 
 
 def _plain(name: Any) -> str:
@@ -338,6 +353,16 @@ def _tensor_name(name: Any) -> str:
     if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name):
         raise ArtifactError(f"{name!r} is no name of a tensor.")
     return name
+
+
+def _path(text: Any) -> str:
+    if not isinstance(text, str) or not _PATH.fullmatch(text):
+        raise ArtifactError(f"{text!r} is no path of a module or name of a pass.")
+    return text
+
+
+def _optional(value: Any) -> int | None:
+    return None if value is None else _integer(value)
 
 
 def _integer(value: Any) -> int:

@@ -26,6 +26,7 @@ FORMAT, VERSION = "skipstone.artifact", 1
 JSON_BYTES, JSON_DEPTH = 64 * 2**20, 64
 """JSON files are not larger and not deeper."""
 
+_HINT = "Is it damaged, or made for other versions of PyTorch, transformers or ONNX Runtime?"
 _NAME = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*", re.ASCII)
 
 
@@ -176,19 +177,19 @@ def reading(what: object) -> Iterator[None]:
     """Turn whatever goes wrong with the content of a file into an ArtifactError that names it.
 
     Content that is damaged may fail anywhere: in JSON, in an operator that is given the wrong shapes, in ONNX Runtime.
-    None of them promises what it raises.
+    None of them promises what it raises, and versions other than those at saving may fail there as well.
     """
     try:
         yield
     except Malformed as error:
-        raise ArtifactError(f"{what} is damaged: {error}") from error
+        raise ArtifactError(f"Cannot read {what}: {error}", hint=_HINT) from error
     except SkipstoneError:
         raise
     except OSError as error:
         raise ArtifactError(f"Cannot read {what}: {error.strerror or error}.") from error
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "").rstrip(".")
-        raise ArtifactError(f"{what} is damaged: {type(error).__name__}: {reason}.") from error
+        raise ArtifactError(f"Cannot read {what}: {type(error).__name__}: {reason}.", hint=_HINT) from error
 
 
 def _check_version(version: Any, directory: Path, written_by: Mapping[str, Any]) -> None:

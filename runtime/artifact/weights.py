@@ -21,6 +21,11 @@ DTYPES: Mapping[str, torch.dtype] = {
     str(each).removeprefix("torch."): each for each in vars(torch).values() if isinstance(each, torch.dtype)
 }
 """Every dtype by its name."""
+_STORED = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+)  # fmt: skip
+"""Dtypes that the file has names for; others are bytes in it."""
 ALIGNMENT = 16
 """Bytes of the largest dtype, which the places of all others are multiples of."""
 
@@ -38,6 +43,7 @@ def write(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Any]
     Raises:
         Unsupported: tensors overlap, and no storage holds them all.
     """
+    tensors = {name: each.detach().resolve_conj().resolve_neg() for name, each in tensors.items()}
     spans: dict[str, Tensor] = {}
     places: dict[str, dict[str, Any]] = {}
     for names in _overlapping(tensors):
@@ -103,10 +109,12 @@ def _span(tensors: list[Tensor]) -> tuple[int, Tensor]:
     first = tensors[0]
     start, stop = _extent(first)[0], max(_extent(each)[1] for each in tensors)
     dtype = first.dtype
-    if any(each.dtype != dtype for each in tensors):
+    if start == stop:
+        return start, torch.empty(0, dtype=torch.uint8)
+    if dtype not in _STORED or any(each.dtype != dtype for each in tensors):
         dtype, start = torch.uint8, start - start % ALIGNMENT
     elif first.is_contiguous() and _extent(first) == (start, stop):
-        return start, first.detach()
+        return start, first
     for tensor in tensors:  # memory that came through NumPy has storages that are smaller
         storage = tensor.untyped_storage()
         offset = start - storage.data_ptr()
