@@ -52,7 +52,7 @@ def main() -> None:
     program = capture(LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval())
     calibration = batches("train", CALIBRATION_WINDOWS)
     text = [behind_prompts(each) for each in batches("test", QUICK_TEST_WINDOWS if options.quick else TEST_WINDOWS)]
-    plans = entries(threshold=0.97)
+    plans = entries(threshold=0.98)
     rows = [*quality(program, plans, calibration, text)]
     rows += times(program, plans, calibration, text[0].tokens[:1, :PROMPT], threads=1, rounds=rounds)
     if not options.quick:
@@ -67,9 +67,9 @@ def main() -> None:
 def entries(threshold: float) -> dict[str, list[Pass]]:
     """Each rewrite of a model of 12 layers, and all of them; gates compare with the threshold."""
     alone: dict[str, list[Pass]] = {
-        "skipped": [SkipSublayers(attention=(10,), ffn=(9,))],
+        "skipped": [SkipSublayers(ffn=(1, 2))],
         "parallel": [LayerParallel((Segment(6, 8),)), FuseParallel()],
-        "adaptive": [SkipFFNAdaptive(threshold=threshold, cold_start=2, cold_end=6, warmup_tokens=0)],
+        "adaptive": [SkipFFNAdaptive(threshold=threshold, cold_start=3, cold_end=6, warmup_tokens=0)],
         "int8_kv": [QuantizeKV(k="int8", v="int8")],
     }
     return {"full": []} | alone | {"all": [entry for name in ALONE for entry in alone[name]]}
