@@ -194,7 +194,10 @@ def qwen2() -> PreTrainedModel:
     """Biases of keys, which conditioning takes out of the cache."""
     torch.manual_seed(0)
     sizes = {**SIZES, "intermediate_size": 48, "num_hidden_layers": 4, "num_key_value_heads": 2}
-    return randomize(Qwen2ForCausalLM(Qwen2Config(**sizes, max_position_embeddings=64, eos_token_id=None)).eval())
+    model = randomize(Qwen2ForCausalLM(Qwen2Config(**sizes, max_position_embeddings=64, eos_token_id=None)).eval())
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data *= 30
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +227,12 @@ def test_a_plan_survives(reference, planned, padding) -> None:
         expected.append(reference(torch.tensor(ids[:, start : start + 1]), **step).logits)
     got = Loader(planned).stepwise(ids, mask, decode_start=mask[:, :PROMPT].sum(1))
     assert_close(got, torch.cat(expected, dim=1).numpy(), mask)
+
+
+def test_the_bias_of_keys_was_taken_out_of_the_cache(reference) -> None:
+    """So its products stand in the graph, by the positions of the keys and not by their columns."""
+    split = [each for each in reference.report.remarks if "split_k_bias" in each.why and each.status == "applied"]
+    assert len(split) == 2
 
 
 def test_skipped_attention_has_no_cache_and_the_others_are_small(planned) -> None:

@@ -193,7 +193,7 @@ class ColumnForms(OnnxForms):
             lowest = torch.finfo(torch.float32).min
             row = torch.where(self.mask != 0, 0.0, lowest)[:, None, None, :]
             self.hidden = row.expand(-1, 1, rows, -1)
-        return self.hidden if bias is None else torch.maximum(bias + self.hidden, self.hidden)
+        return self.hidden if bias is None else bias + self.hidden  # the lowest number swallows what is added to it
 
     def _written_shape(self, cache: Tensor) -> Any:
         return (*cache.shape[:2], self._columns, cache.shape[3])
