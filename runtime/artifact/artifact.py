@@ -103,6 +103,7 @@ class Artifact:
         target: what it was lowered to.
         threads, max_length, cache_refusal, model_output: what the executable was built with; the last says that it
             returns its outputs as Hugging Face models do.
+        has_models: whether it holds the ONNX models of its programs.
         device: type of the device that it was captured on.
     Raises:
         ArtifactError: see `Store`.
@@ -120,12 +121,8 @@ class Artifact:
                 about = {name: str(refusal[name]) for name in ("where", "hint")}
                 self.cache_refusal = Unsupported(str(refusal["feature"]), **about)
             self.model_output = bool(self._data["model_output"])
+            self.has_models = bool(self._data["written"])
             self.device = str(self._data["programs"][0]["source"]["device"])
-
-    @property
-    def has_models(self) -> bool:
-        """Whether it holds the ONNX models of its programs."""
-        return bool(self._data["written"])
 
     def read(self, device: torch.device, models: bool = False) -> tuple[Program, list[LoweredModel]]:
         """The program, with those that continue it, and where wanted their ONNX models over the same memory.

@@ -48,7 +48,8 @@ def write(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Any]
     places: dict[str, dict[str, Any]] = {}
     for names in _overlapping(tensors):
         own = [tensors[name] for name in names]
-        start, spans[names[0]] = _span(own)
+        start, span = _span(own)
+        spans[names[0]] = _with_own_storage(span)
         for name, tensor in zip(names, own, strict=True):
             places[name] = {
                 "span": names[0],
@@ -80,6 +81,14 @@ def read(path: Path, places: Mapping[str, Mapping[str, Any]], device: torch.devi
             flat = flat[: len(flat) - len(flat) % dtype.itemsize].view(dtype)
             tensors[name] = flat.as_strided(place["shape"], place["stride"], place["offset"])  # checks its bounds
     return tensors
+
+
+def _with_own_storage(span: Tensor) -> Tensor:
+    """The same memory in a storage of its own: safetensors refuses others, not only where bytes are shared."""
+    if span.numel() == 0:
+        return span
+    flat: Tensor = torch.from_dlpack(span.reshape(-1).view(torch.uint8))
+    return flat.view(span.dtype).view(span.shape)
 
 
 def _overlapping(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
