@@ -38,6 +38,10 @@ def interpret(q: Tensor, *operands: Any, processors: int = 4, **options: Any) ->
 
 check = partial(kernel_cases.check, interpret)
 
+DEFAULT = ("full", "int8_channel", "int4_group", "fp8_token")
+SOME_FORMATS = [form if form in DEFAULT else pytest.param(form, marks=pytest.mark.slow) for form in FORMATS]
+"""All formats, those that take long behind the marker."""
+
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
@@ -45,12 +49,12 @@ def test_formats(form: str, dtype: torch.dtype) -> None:
     check(form, dtype=dtype)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", SOME_FORMATS)
 def test_windows_caps_and_sinks(form: str) -> None:
     check(form, kind="sliding", window=5, softcap=2.0, sinks=torch.randn(4))
 
 
-@pytest.mark.parametrize("form", FORMATS[1:])
+@pytest.mark.parametrize("form", SOME_FORMATS[1:])
 def test_rows_in_full_precision(form: str) -> None:
     check(form, residual=4, first=2)
 
@@ -86,7 +90,7 @@ def test_several_queries(queries: int) -> None:
     check("int8_token", [[11, 4], [queries, queries]], kv_heads=1)
 
 
-@pytest.mark.parametrize("form", ["int8_channel", "int4_group", "nvfp4"])
+@pytest.mark.parametrize("form", ["int8_channel", "int4_group", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_caches_that_are_not_contiguous(form: str) -> None:
     check(form, strided=True)
 
@@ -109,7 +113,10 @@ def test_nothing_new_and_nothing_there() -> None:
     check("int8_token", [[5, 0], [0, 3], [1, 1]])
 
 
-@pytest.mark.parametrize("form", ["int8_token", "int4_channel", "int4_group", "nvfp4"])
+@pytest.mark.parametrize(
+    "form",
+    ["int8_token", "int4_group", *(pytest.param(form, marks=pytest.mark.slow) for form in ("int4_channel", "nvfp4"))],
+)
 def test_one_by_one_is_as_in_a_chunk(form: str) -> None:
     whole, single = (buffers(form, {}, (1, 2, 20, 64), torch.float32) for _ in range(2))
     q, k, v = torch.randn(1, 4, 18, 64), torch.randn(1, 2, 18, 64), torch.randn(1, 2, 18, 64)

@@ -118,6 +118,7 @@ def test_optimize_generates_and_measures(capsys, checkpoint: str, target: str):
     assert "prefill (9 tokens, median of 3)" in out and "not measured" not in out
 
 
+@pytest.mark.slow
 def test_what_optimize_saved_generates_the_same(capsys, checkpoint: str, tmp_path: Path):
     options = ("--prompt", "def f(x):", "--max-new-tokens", "7", "--threads", "1")
     saved = ("--target", "eager", "--save", "saved", "--skip-ffn", "1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,10 +77,3 @@ def test_tokens_skip_and_generation_agrees(built: dict[str, Any], model: LlamaFo
     full = Plan([entry for entry in plan if not isinstance(entry, SkipFFNAdaptive)], tensors=plan.tensors)
     never = optimize(model, full, target="eager", progress=False)
     assert not torch.equal(never.generate(ids, max_new_tokens=20, do_sample=False), written["eager"])
-
-
-def test_the_plan_comes_back_from_a_file(built: dict[str, Any], model: LlamaForCausalLM, tmp_path: Path) -> None:
-    built["eager"].plan.save(tmp_path / "plan.json")
-    again = optimize(model, Plan.load(tmp_path / "plan.json"), target="eager", progress=False)
-    ids = tokens(1, 9, seed=6)
-    assert torch.equal(again(ids).logits, built["eager"](ids).logits)

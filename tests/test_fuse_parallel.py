@@ -310,6 +310,7 @@ def test_stepwise_equals_one_shot(iterations: int, ids: Tensor) -> None:
         assert_close(model.decode(ids[:, step : step + 1], cache)[:, -1], wanted[:, step], FLOAT64)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_computes_the_same_over_quantized_caches(ids: Tensor) -> None:
     entries = [LayerParallel((Segment(0, 3),)), FuseParallel()]
     model = models.model("llama")

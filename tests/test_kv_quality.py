@@ -70,6 +70,7 @@ def test_outliers_are_planted_without_changing_the_function() -> None:
     assert difference.abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_conditioning_makes_up_for_outliers() -> None:
     """At least half of the loss is gone, and where no channel stands out nothing is lost."""
     plain, conditioned = (divergence("outliers", replace(INT4_GROUPS, condition=on)) for on in (False, True))

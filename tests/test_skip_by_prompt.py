@@ -314,7 +314,7 @@ def test_keys_and_values_that_nothing_reads_are_freed() -> None:
     assert alone.nbytes * 3 == whole.nbytes * 2
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_quantized_caches_keep_their_scales(form: str) -> None:
     """Prompts are written by one program and read by another: scales must be the same in both."""
     calibration = [models.tokens(2, 16, seed=1)]

@@ -332,6 +332,7 @@ def lora(**options: Any) -> peft.LoraConfig:
     return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **options})
 
 
+@pytest.mark.slow
 def test_adapters_make_up_for_what_is_skipped() -> None:
     model, data, config = models.model("llama"), random_data(), lora()
     before, given, random = state(model), copy.deepcopy(config), torch.get_rng_state()
