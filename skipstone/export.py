@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,8 +18,9 @@ from skipstone.ir.program import Program, Role
 from skipstone.optimize import Stages, cache_line, capture, carried_out, check_model, check_plan, report_of, rewrite
 from skipstone.plan import Plan
 from skipstone.report import Report
+from skipstone.runtime.directory import new_directory
 from skipstone.runtime.onnx.columns import ColumnForms, in_columns
-from skipstone.runtime.onnx.files import DECODE_FILE, MODEL_FILE, Weights, save
+from skipstone.runtime.onnx.files import DECODE_FILE, MODEL_FILE, Weights, write
 from skipstone.runtime.onnx.forms import OnnxForms
 from skipstone.runtime.onnx.genai import CONFIG_FILE, genai_config, refuse_genai
 from skipstone.runtime.onnx.lower import lower
@@ -101,24 +101,16 @@ def export_onnx(
         if format == "genai":
             refuse_genai(exported)
     plan = carried_out(plan, program, bool(batches))
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
-            complete = Path(temporary) / directory.name
-            with stages("lower"):
-                _write_models(complete, exported, forms, opset)
-            stages.close()
-            report = report_of(captured, program, TARGET, cache_line(program, refusal, cache), stages)
-            plan.save(complete / PLAN_FILE)
-            _write_json(complete / REPORT_FILE, report.to_dict())
-            _write_configuration(complete, model, exported, format)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(complete)
-            if directory.exists():
-                os.replace(directory, Path(temporary) / "before")  # it goes when the new one is in its place
-            os.replace(complete, directory)
-    except OSError as error:
-        raise ArtifactError(f"Cannot write {directory}: {error.strerror or error}.") from error
+    with new_directory(directory) as folder:
+        with stages("lower"):
+            _write_models(folder, exported, forms, opset)
+        stages.close()
+        report = report_of(captured, program, TARGET, cache_line(program, refusal, cache), stages)
+        plan.save(folder / PLAN_FILE)
+        _write_json(folder / REPORT_FILE, report.to_dict())
+        _write_configuration(folder, model, exported, format)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     return report
 
 
@@ -130,12 +122,12 @@ def _check_end_token(model: nn.Module) -> None:
         raise InvalidInput("the generation config has no eos_token_id.", hint=hint)
 
 
-def _write_models(directory: Path, program: Program, forms: type[OnnxForms], opset: int) -> None:
+def _write_models(folder: Path, program: Program, forms: type[OnnxForms], opset: int) -> None:
     """The models of a program and of those that continue it, over one file of weights."""
     weights = Weights()
     parts = {MODEL_FILE: program} | {DECODE_FILE.format(n): each for n, each in enumerate(program.continuations)}
     lowered = {name: lower(part, forms=forms, opset=opset, weights=weights) for name, part in parts.items()}
-    save({name: each.proto for name, each in lowered.items()}, weights, directory)
+    write({name: each.proto for name, each in lowered.items()}, weights, folder)
 
 
 def _check_directory(directory: Path, overwrite: bool) -> None:

@@ -464,6 +464,7 @@ def _is_half(program: Program) -> bool:
 
 
 def cache_line(program: Program, refusal: Unsupported | None, asked: bool) -> str:
+    """What a report says of the KV cache: its slots, or why there is none."""
     if program.slots():
         return f"{len(program.slots())} slots"
     return f"refused: {refusal}" if refusal is not None else ("none" if asked else "not asked for")

@@ -384,8 +384,8 @@ def test_a_model_never_overwrites_other_files(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ArtifactError, match=r"not empty.*does not exist yet"):
         lower(linear(), tmp_path)
-    with pytest.raises(ArtifactError, match="No such file"):
-        lower(linear(), tmp_path / "absent" / "model")
+    with pytest.raises(ArtifactError, match="File exists"):
+        lower(linear(), tmp_path / "notes" / "model")
     assert [each.name for each in tmp_path.iterdir()] == ["notes"]
 
 

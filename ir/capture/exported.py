@@ -186,6 +186,7 @@ def export(wrapper: nn.Module, inputs: Mapping[str, Tensor], dynamic: Mapping[st
 
 
 def first_line(error: BaseException) -> str:
+    """The beginning of what an error says, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from skipstone.ir.errors import ArtifactError, Malformed, SkipstoneError
+from skipstone.runtime import directory as directories
 
 MANIFEST = "skipstone.json"
 FORMAT, VERSION = "skipstone.artifact", 1
@@ -43,25 +43,12 @@ def new_directory(directory: Path, written_by: Mapping[str, str], overwrite: boo
     """
     directory = directory.absolute()
     check_free(directory, overwrite)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
-            # A folder of its own: the temporary one may be read by nobody else.
-            complete, old = Path(temporary) / "new", Path(temporary) / "old"
-            complete.mkdir()
-            yield complete
-            _write_manifest(complete, written_by)
-            if not (directory / MANIFEST).exists():
-                os.replace(complete, directory)
-                return
-            os.rename(directory, old)
-            try:
-                os.replace(complete, directory)
-            except BaseException:
-                os.rename(old, directory)
-                raise
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"Cannot write {directory}: {getattr(error, 'strerror', None) or error}.") from error
+    with directories.new_directory(directory) as folder:
+        try:
+            yield folder
+        except SafetensorError as error:
+            raise ArtifactError(f"Cannot write {directory}: {error}.") from error
+        _write_manifest(folder, written_by)
 
 
 def check_free(directory: Path, overwrite: bool = False) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from skipstone.ir.errors import ArtifactError
+from skipstone.runtime.directory import new_directory
 
 MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 DECODE_FILE = "decode_{}.onnx"
@@ -44,24 +43,26 @@ class Weights:
                 file.write(bytes(-tensor.nbytes % PAGE))
 
 
+def write(models: Mapping[str, bytes], weights: Weights, folder: Path) -> None:
+    """Write models, by file name, and their weights to a folder.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    weights.write(folder / WEIGHTS_FILE)
+    for name, proto in models.items():
+        (folder / name).write_bytes(proto)
+
+
 def save(models: Mapping[str, bytes], weights: Weights, directory: Path) -> None:
-    """Write models, by file name, and their weights beside `directory`, and move them there when they are complete.
+    """Write models, by file name, and their weights to a new directory, which is whole or not there.
 
     Raises:
         ArtifactError: the directory cannot be written, or holds something.
     """
     directory = directory.absolute()
-    try:
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
-            # A directory of its own: the temporary one may be read by nobody else.
-            complete = Path(temporary) / directory.name
-            complete.mkdir()
-            weights.write(complete / WEIGHTS_FILE)
-            for name, proto in models.items():
-                (complete / name).write_bytes(proto)
-            os.replace(complete, directory)
-    except OSError as error:
-        raise ArtifactError(
-            f"Cannot write the model {directory}: {error.strerror or error}.",
-            hint="It needs a directory that is empty or does not exist yet.",
-        ) from error
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        hint = "It needs a directory that is empty or does not exist yet."
+        raise ArtifactError(f"Cannot write the model {directory}: it is not empty.", hint=hint)
+    with new_directory(directory) as folder:
+        write(models, weights, folder)
