@@ -24,10 +24,12 @@ from skipstone.kernels.overlap import begin_early, wait_for_kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = 80
+BLOCK = 8
+"""Most columns of a program."""
 DEEPEST = 8192
 """Elements of a row that a program multiplies at a time."""
-WIDEST = 2**31
-"""Elements of a weight of one lane: within it, offsets have 32 bits."""
+REACH = 2**31
+"""Elements that a tile may span: within it, offsets have 32 bits."""
 
 
 def tile_of(rows: int, total: int, width: int, processors: int) -> tuple[int, int, int]:
@@ -37,7 +39,7 @@ def tile_of(rows: int, total: int, width: int, processors: int) -> tuple[int, in
     many rows take registers, too. Narrow results have fewer columns a program, so that every processor has two.
     """
     depth = min(triton.next_power_of_2(width), DEEPEST)
-    block = max(2, min(8, DEEPEST // depth))
+    block = max(2, min(BLOCK, DEEPEST // depth))
     while block > 1 and triton.cdiv(total, block) < 2 * processors:
         block //= 2
     elements, most = (64, 4) if rows <= 2 else (32, 8)
@@ -78,7 +80,7 @@ def row_launch(
     if rows > MOST_ROWS:
         raise Unsupported(f"a kernel of row_linear for {rows} rows", hint=f"At most {MOST_ROWS}: use linear layers.")
     for weight in weights:
-        if weight.stride(2) != 1 or weight.shape[1] * weight.stride(1) >= WIDEST:
+        if weight.stride(2) != 1 or weight.stride(1) * BLOCK >= REACH:
             raise Unsupported(f"a kernel of row_linear for a weight {tuple(weight.shape)} of strides {weight.stride()}")
     total = columns(weights, is_gated)
     block, depth, warps = tile_of(rows, lanes * total, width, processors)
@@ -230,10 +232,13 @@ def _multiply(
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     present = column < COLUMNS
-    tile = _tile(weight, column, depth, present, STRIDE, WIDTH)
+    # Only where a tile begins takes 64 bits.
+    weight += tl.cast(block, tl.int64) * (BLOCK_N * STRIDE)
+    tile = _tile(weight, depth, present, BLOCK_N, STRIDE, WIDTH)
     shift = _vector(bias, column, present)
     if GATED:
-        other_tile = _tile(other, column, depth, present, OTHER_STRIDE, WIDTH)
+        other += tl.cast(block, tl.int64) * (BLOCK_N * OTHER_STRIDE)
+        other_tile = _tile(other, depth, present, BLOCK_N, OTHER_STRIDE, WIDTH)
         other_shift = _vector(other_bias, column, present)
     factor = _factor(gain, offset, depth, WIDTH, NORM)
     wait_for_kernels(OVERLAP)
@@ -248,9 +253,9 @@ def _multiply(
     for start in tl.static_range(0, WIDTH, BLOCK_K):
         if start > 0:
             depth = start + tl.arange(0, BLOCK_K)
-            tile = _tile(weight, column, depth, present, STRIDE, WIDTH)
+            tile = _tile(weight, depth, present, BLOCK_N, STRIDE, WIDTH)
             if GATED:
-                other_tile = _tile(other, column, depth, present, OTHER_STRIDE, WIDTH)
+                other_tile = _tile(other, depth, present, BLOCK_N, OTHER_STRIDE, WIDTH)
             factor = _factor(gain, offset, depth, WIDTH, NORM)
         grown, other_grown = (), ()
         for row in tl.static_range(ROWS):
@@ -278,8 +283,8 @@ def _multiply(
 
 
 @triton.jit
-def _tile(weight, column, depth, present, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
-    place = column[:, None] * STRIDE + depth[None, :]
+def _tile(weight, depth, present, BLOCK_N: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    place = tl.arange(0, BLOCK_N)[:, None] * STRIDE + depth[None, :]
     return tl.load(weight + place, present[:, None] & (depth < WIDTH)[None, :], 0.0)
 
 

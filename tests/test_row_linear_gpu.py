@@ -74,6 +74,17 @@ def test_products_that_begin_early_wait_for_what_they_read(is_captured: bool) ->
         assert (out - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
+def test_offsets_beyond_32_bits() -> None:
+    """The last rows of a weight of more than 2^31 elements."""
+    weight = torch.zeros(1, 2**17 + 64, 16384, dtype=torch.float16, device="cuda")
+    last, x = torch.randn(64, 16384, dtype=torch.float16), torch.randn(1, 1, 16384, dtype=torch.float16)
+    weight[0, -64:] = last.cuda()
+    given = row_linear(x.cuda(), [weight], [None]).cpu()
+    wanted = x.double() @ last.double().T
+    assert not given[..., :-64].any()
+    assert (given[..., -64:] - wanted).abs().max() <= 2e-3 * wanted.abs().max()
+
+
 def test_runs_are_the_same_bit_for_bit() -> None:
     given = row_linear_cases.operands(LARGE["gated"], torch.bfloat16, "cuda")
     first = multiply(**given)

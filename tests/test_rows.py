@@ -99,9 +99,9 @@ FORMS: dict[str, tuple[Callable[[Small, Tensor], Tensor], dict[str, int]]] = {
     "gate of itself": (lambda m, x: F.silu(y := m.a(x)) * y, {"1": 1}),
     "gate read twice": (lambda m, x: (F.gelu(m.a(x)) * (y := m.b(x))) + y, {"1 gelu": 1, "1": 1}),
     "halves": (
-        lambda m, x: F.silu((y := m.both(x))[..., :16]) * y[..., 16:] + x, {"2 silu gated residual": 1},
+        lambda m, x: F.silu((y := m.both(x))[..., :16]) * y[..., 16:] + x, {"1 silu gated residual": 1},
     ),
-    "split": (lambda m, x: (y := m.both(x).chunk(2, -1))[1] * F.gelu(y[0]), {"2 gelu gated": 1}),
+    "split": (lambda m, x: (y := m.both(x).chunk(2, -1))[1] * F.gelu(y[0]), {"1 gelu gated": 1}),
     "halves, second first": (lambda m, x: F.silu((y := m.both(x))[..., 16:]) * y[..., :16], {"1": 1}),
     "halves without a gate": (lambda m, x: (y := m.both(x))[..., :16] * y[..., 16:], {"1": 1}),
     "halves and the whole": (
@@ -161,7 +161,7 @@ def test_norms_that_change_the_dtype_stay_apart() -> None:
 
 
 AT_ONCE: dict[str, tuple[Unit, dict[str, int], int]] = {
-    "layer": ("layer", {"norm 1": 1, "norm 2 silu gated": 1, "1": 2, "1 residual": 1}, 2),
+    "layer": ("layer", {"norm 1": 1, "norm 1 silu gated": 1, "1": 2, "1 residual": 1}, 2),
     "two_stage": ("two_stage", {"norm 1": 2, "1": 1, "1 residual": 2}, 0),
 }
 """Fused layers in float32, and how many products have lanes: those that read the same rows are one wide layer."""

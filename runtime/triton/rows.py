@@ -26,17 +26,15 @@ ROWS = 1
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer, or a half of one, or layers of several lanes at once.
+    """A linear layer, or layers of several lanes at once.
 
     Attributes:
-        node: the whole layer.
         result: [B, S, F], or [N, B, S, F] for N lanes.
         weight: [F, D] or [N, F, D].
         bias: [F], and none for lanes.
         skip: the tokens [B, S] whose results are zeros, if any can be.
     """
 
-    node: fx.Node
     result: fx.Node
     weight: fx.Node
     bias: fx.Node | None
@@ -45,7 +43,7 @@ class Layer:
     @property
     def x(self) -> fx.Node:
         """What it reads, [B, S, D] or [N, B, S, D], as the graph is now."""
-        node: Any = self.node
+        node: Any = self.result
         return node.args[0].args[0].args[0] if self.is_stack else node.args[0]  # type: ignore[no-any-return]
 
     @property
@@ -82,7 +80,6 @@ def gather_products(graph: fx.Graph) -> None:
         if (layer := _layer(node)) is not None:
             by_operand.setdefault((layer.x, layer.is_stack, layer.skip), []).append(layer)
     _hoist_constants(graph)
-    by_operand = {key: [half for each in layers for half in _halves(graph, each)] for key, layers in by_operand.items()}
     for layers in by_operand.values():
         x = layers[0].x
         norm = rms_norm(x)
@@ -114,7 +111,7 @@ def multiply(
 
     Args:
         x: [..., D]; for weights of lanes [B, S, D], the same for all of them, or [N, B, S, D].
-        weights: [F, D] each, or [N, F, D].
+        weights: [F, D] each, or [N, F, D]. A single one that is gated holds the gate's weight and the other's.
         biases, gain: one tensor, or one for each lane.
         residual: of the shape of the results, or the same for all lanes.
         skip: [B, S], for weights without lanes.
@@ -123,6 +120,9 @@ def multiply(
     shape = x.shape[1:-1] if is_stack and x.dim() == 4 else x.shape[:-1]
     lanes = weights[0].shape[:1] if is_stack else ()
     if has_kernel(x, shape.numel()):
+        if is_gated and len(weights) == 1:
+            weights = weights[0].chunk(2, dim=-2)
+            biases = [None, None] if biases[0] is None else biases[0].chunk(2, dim=-1)
         result = ROW_LINEAR(
             _in_lanes(x, shape.numel()),
             [weight if is_stack else weight.unsqueeze(0) for weight in weights],
@@ -149,6 +149,8 @@ def multiply(
         results = [PREDICATED_LINEAR(x, weight, skip, bias) for weight, bias in zip(weights, biases, strict=True)]
     else:
         results = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    if is_gated and len(results) == 1:
+        results = list(results[0].chunk(2, dim=-1))
     act = ACTIVATIONS[activation]
     results = [act(results[0]) * results[1]] if is_gated else [act(each) for each in results]
     return tuple(each if residual is None else each + residual for each in results)
@@ -187,11 +189,11 @@ def _layer(node: fx.Node) -> Layer | None:
     if node.target is aten.linear.default:
         x, weight, bias = (*node.args, None)[:3]
         is_constant = all(each is None or _is_constant(each, x) for each in (weight, bias))
-        return Layer(node, node, weight, bias) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
+        return Layer(node, weight, bias) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
     if node.target is PREDICATED_LINEAR:
         x, weight, skip, bias = (*node.args, None)[:4]
         is_constant = all(each is None or _is_constant(each, x) for each in (weight, bias))
-        return Layer(node, node, weight, bias, skip) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
+        return Layer(node, weight, bias, skip) if is_constant and not node.kwargs else None  # type: ignore[arg-type]
     return _stack(node)
 
 
@@ -210,38 +212,21 @@ def _stack(node: fx.Node) -> Layer | None:
     if len(before) != 4 or len(lanes) != 3:
         return None
     fits = is_shape(node, (*before[:3], lanes[1])) and is_shape(x, (lanes[0], *before[1:]))
-    return Layer(node, node, weight, None) if fits else None
+    return Layer(node, weight, None) if fits else None
 
 
-def _halves(graph: fx.Graph, layer: Layer) -> list[Layer]:
-    """The halves of a layer of which the first gates the second, or the layer itself."""
+def _gated(layer: Layer) -> Product | None:
+    """What a layer becomes whose first half gates its second."""
     width = layer.weight.meta["val"].shape[-2]
     parts = _parts(layer.result)
     if sorted(parts) != [(0, width // 2), (width // 2, width)]:
-        return [layer]
-    first = parts[0, width // 2]
-    activated, _ = _activated(first)
+        return None
+    first, second = parts[0, width // 2], parts[width // 2, width]
+    activated, activation = _activated(first)
     product = _only_user(activated)
-    if activated is first or product is None or product is not _only_user(parts[width // 2, width]):
-        return [layer]
-
-    def half(constant: fx.Node, axis: int, begin: int, end: int) -> fx.Node:
-        value = constant.meta["val"]
-        with graph.inserting_after(constant):
-            node = graph.call_function(aten.slice.Tensor, (constant, value.ndim + axis, begin, end))
-        node.meta = {**constant.meta, "val": value.narrow(axis, begin, end - begin)}
-        return node
-
-    return [
-        Layer(
-            layer.node,
-            result,
-            half(layer.weight, -2, *place),
-            None if layer.bias is None else half(layer.bias, -1, *place),
-            layer.skip,
-        )
-        for place, result in sorted(parts.items())
-    ]
+    if activated is first or product is not _only_user(second) or target_of(product) is not aten.mul.Tensor:
+        return None
+    return Product([layer], product, activation, is_gated=True)  # type: ignore[arg-type]
 
 
 def _parts(whole: fx.Node) -> dict[tuple[int, int], fx.Node]:
@@ -295,9 +280,10 @@ def _squeezed(gain: Any) -> fx.Node:
 
 
 def _products(layers: Sequence[Layer]) -> list[Product]:
-    """What layers of one value become: pairs that gate each other, and each of the others with what follows it."""
-    products, left = [], list(layers)
-    for gate in layers:
+    """What layers of one value become: those that gate each other, and each of the others with what follows it."""
+    products = [gated for layer in layers if (gated := _gated(layer)) is not None]
+    left = [layer for layer in layers if all(layer not in each.layers for each in products)]
+    for gate in list(left):
         activated, activation = _activated(gate.result)
         product = None if activated is gate.result else _only_user(activated)
         if product is None or target_of(product) is not aten.mul.Tensor:
