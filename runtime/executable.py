@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,23 +145,35 @@ class Executable:
             hint="Call the executable on whole inputs.",
         )
 
-    def save(self, directory: str | os.PathLike[str], *, tokenizer: Any = None, overwrite: bool = False) -> None:
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        overwrite: bool = False,
+        compiled_for: Sequence[int] = (),
+    ) -> None:
         """Write everything that it takes to run this executable elsewhere, for `skipstone.load`.
 
-        The directory holds JSON, safetensors and ONNX, no code. It comes into being whole or not at all. Nothing of the
-        model's source code is needed to load it, and of what passes did to the program the report is kept alone.
+        The directory holds JSON, safetensors and ONNX, no code unless `compiled_for` asks for it. It comes into being
+        whole or not at all. Nothing of the model's source code is needed to load it, and of what passes did to the
+        program the report is kept alone.
 
         Args:
             directory: where to write it: empty, or not there yet.
             tokenizer: one of transformers, to be saved beside it.
             overwrite: replace an artifact that is there.
+            compiled_for: sizes of batches. What reads their prompts and decodes them is compiled now, on the target
+                ``"triton"``, and stored besides. It is for this kind of machine alone, and used only where
+                ``skipstone.load(..., native_code=True)`` says so.
         Raises:
             ArtifactError: the directory holds something, or cannot be written.
-            Unsupported: the program has something that an artifact cannot hold.
+            InvalidInput: `compiled_for` has something else than positive numbers.
+            Unsupported: the program has something that an artifact cannot hold, or cannot be compiled ahead of time.
         """
         from skipstone.runtime.artifact.artifact import save  # which knows every kind of session
 
-        save(self, Path(directory), tokenizer, overwrite)
+        save(self, Path(directory), tokenizer, overwrite, compiled_for)
 
     def check_length(self, longest: int) -> None:
         """Refuse sequences of `longest` tokens if the model, or the room made for it, ends before."""

@@ -18,7 +18,8 @@ from skipstone.passes.base import run_pass
 from skipstone.passes.predicate_ffn import PredicateFFN
 from skipstone.plan import Plan
 from skipstone.report import Report
-from skipstone.runtime.artifact.artifact import CONFIG, GENERATION, PLAN, REPORT, Artifact
+from skipstone.runtime.artifact.artifact import CONFIG, GENERATION, PLAN, REPORT, Artifact, parts_of
+from skipstone.runtime.artifact.packages import check_packages, open_packages
 from skipstone.runtime.artifact.store import Store, reading
 from skipstone.runtime.by_prompt import PromptSession
 from skipstone.runtime.executable import Executable
@@ -33,19 +34,26 @@ def load(
     *,
     device: str | torch.device | None = None,
     threads: int | None = None,
+    native_code: bool = False,
 ) -> Executable:
     """Read an executable that `Executable.save` wrote; it computes what the saved one does.
 
-    The model's source code is not needed, and nothing in the directory is run as code. Only files whose checksums are
-    right are read. On ``"onnxruntime"`` the saved ONNX model is opened, on ``"triton"`` the program is compiled anew.
+    The model's source code is not needed, and without `native_code` nothing in the directory is run as code. Only files
+    whose checksums are right are read. On ``"onnxruntime"`` the saved ONNX model is opened, on ``"triton"`` the program
+    is compiled anew.
 
     Args:
         target: by default that which it was saved for. For another one, the program is lowered anew.
         device: by default the one of the target; of ``"eager"``, the one that the model was on, or the CPU where there
             is no such device.
         threads: by default as many as it was saved with.
+        native_code: use the compiled code of an artifact that was saved with `compiled_for`. It does whatever it wants
+            with the rights of this process: consent only where you trust whoever made it. Batches of other sizes are
+            compiled when they are first met, as all are without it.
     Raises:
-        ArtifactError: it is no artifact, not complete, damaged, of a newer version, or asks for what is not allowed.
+        ArtifactError: it is no artifact, not complete, damaged, of a newer version, or asks for what is not allowed, or
+            its compiled code is for another machine, device or version.
+        InvalidInput: it has no compiled code for the target.
         Unsupported: the target is not for the device, the device is not there, or the target has no exact form for the
             program.
     """
@@ -54,11 +62,16 @@ def load(
     place = _device(target, artifact.device, device)
     target = resolve(target, place.type)
     threads = artifact.threads if threads is None else threads
+    if native_code:
+        check_packages(artifact.compiled, artifact.store, target, place)
     program, models = artifact.read(place, models=target == "onnxruntime" and artifact.has_models)
     if target == "triton" and any(True for _ in program.nodes(GATE)):
         program = run_pass(PredicateFFN(), program)
+    session = _opened(program, models, threads) if models else lower(program, target, threads)
+    if native_code and artifact.compiled is not None:
+        open_packages(artifact.compiled, artifact.store, parts_of(session))
     return Executable(
-        _opened(program, models, threads) if models else lower(program, target, threads),
+        session,
         config=_config(artifact.store),
         generation_config=_generation_config(artifact.store),
         report=_report(artifact.store, target, threads),

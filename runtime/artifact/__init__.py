@@ -1,1 +1,1 @@
-"""Saving executables: a directory of JSON, safetensors and ONNX that holds no code. See `store` for its safety."""
+"""Saving executables: a directory of JSON, safetensors and ONNX, and code only where asked. See `store` for safety."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program
-from skipstone.runtime.artifact import weights
+from skipstone.runtime.artifact import packages, weights
 from skipstone.runtime.artifact.graph import Sizes, program_from_data, program_to_data, sizes_of
 from skipstone.runtime.artifact.onnx_model import lowered_model
 from skipstone.runtime.artifact.store import Store, new_directory, reading, write_json
@@ -29,9 +29,17 @@ PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
 PLAN, REPORT, CONFIG, GENERATION = "plan.json", "report.json", "config.json", "generation_config.json"
 
 
-def save(executable: Executable, directory: Path, tokenizer: Any = None, overwrite: bool = False) -> None:
+def save(
+    executable: Executable,
+    directory: Path,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    compiled_for: Sequence[int] = (),
+) -> None:
     """Write an executable to a directory; see `Executable.save`."""
-    sessions = _parts(executable.session)
+    sessions = parts_of(executable.session)
+    if compiled_for:
+        packages.check_batches(sessions, compiled_for)
     programs = [session.program for session in sessions]
     data: dict[str, Any] = {
         "target": executable.target,
@@ -52,6 +60,7 @@ def save(executable: Executable, directory: Path, tokenizer: Any = None, overwri
     versions = {name: str(sys.modules[name].__version__) for name in ("skipstone", "torch", "onnxruntime")}
     with new_directory(directory, versions, overwrite) as folder:
         data["tensors"] = weights.write(tensors, folder / WEIGHTS)
+        data["compiled"] = packages.write(sessions, compiled_for, folder) if compiled_for else None
         write_json(folder / PROGRAM, data)
         for number, lowered in enumerate(models):
             (folder / onnx_file(number)).write_bytes(lowered.proto)
@@ -71,7 +80,7 @@ def onnx_file(number: int) -> str:
     return f"model-{number}.onnx" if number else "model.onnx"
 
 
-def _parts(session: Session) -> list[ProgramSession]:
+def parts_of(session: Session) -> list[ProgramSession]:
     """The sessions of single programs that a session consists of."""
     parts = [session.prompts, *session.continuations] if isinstance(session, PromptSession) else [session]
     for each in parts:
@@ -103,6 +112,7 @@ class Artifact:
         target: what it was lowered to.
         threads, max_length, cache_refusal, model_output: what the executable was built with; the last says that it
             returns its outputs as Hugging Face models do.
+        compiled: its packages of compiled code, see `skipstone.runtime.artifact.packages`, None without any.
         has_models: whether it holds the ONNX models of its programs.
         device: type of the device that it was captured on.
     Raises:
@@ -121,6 +131,7 @@ class Artifact:
                 about = {name: str(refusal[name]) for name in ("where", "hint")}
                 self.cache_refusal = Unsupported(str(refusal["feature"]), **about)
             self.model_output = bool(self._data["model_output"])
+            self.compiled: Mapping[str, Any] | None = self._data.get("compiled")
             self.has_models = bool(self._data["written"])
             self.device = str(self._data["programs"][0]["source"]["device"])
 

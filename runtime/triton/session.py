@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +12,21 @@ from torch import Tensor
 
 from skipstone.ir.program import Program, Role
 from skipstone.runtime.cache import KVCache
-from skipstone.runtime.session import ProgramSession, cache_layout, written_buffers
+from skipstone.runtime.session import ProgramSession, cache_layout, step_inputs, written_buffers
 from skipstone.runtime.triton.cache import Pool
 from skipstone.runtime.triton.compiled import CompiledGraph
 from skipstone.runtime.triton.lower import check_kernels, decode_graph, lower
 from skipstone.runtime.triton.steps import StaticStep
 
+WHOLE, SINGLE = "whole", "single"
+"""The graph for any number of tokens, and that for one of each sequence."""
+
 DECODE: Mapping[str, Any] = {"combo_kernels": True}
 """Options of Inductor for steps of one token: kernels that could run at the same time become one. Each is so short that
 to begin it counts."""
+
+EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 32, 256
+"""Of inputs that code is compiled for ahead of time. It is for any others as well."""
 
 TUNED: Mapping[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
 """Options of Inductor that choose among kernels by their times; it keeps its choices on disk."""
@@ -35,6 +42,8 @@ class TritonSession(ProgramSession):
     Args:
         program: on a CUDA device, or on the CPU.
         is_tuned: whether Inductor measures its kernels to choose among them, which takes minutes.
+    Attributes:
+        graphs: by name, `WHOLE` and `SINGLE`.
     Raises:
         Unsupported: see `skipstone.runtime.triton.lower`.
     """
@@ -54,12 +63,14 @@ class TritonSession(ProgramSession):
         tuned = TUNED if is_tuned else {}
         self._whole = CompiledGraph(lowered.graph, tensors, tuned)
         self._single = CompiledGraph(decode_graph(lowered), tensors, {**DECODE, **tuned}, is_batch_fixed=True)
+        self.graphs: Mapping[str, CompiledGraph] = {WHOLE: self._whole, SINGLE: self._single}
         self._pool = Pool(self.layout, program.source.device)
 
     @torch.no_grad()
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Session.run`."""
-        buffers = {name: values[name].clone() for name in self._written.values()}
+        contiguous = torch.contiguous_format
+        buffers = {name: values[name].clone(memory_format=contiguous) for name in self._written.values()}
         results = self._run(self._whole, {**values, **buffers})
         written = {name: buffers[buffer] for name, buffer in self._written.items()}
         return dict(zip(self._outputs, results, strict=True)) | written
@@ -80,6 +91,21 @@ class TritonSession(ProgramSession):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """See `Session.new_cache`."""
         return self._pool.new_cache(batch, capacity)
+
+    def example_inputs(self, graph: str, batch: int) -> list[Tensor]:
+        """Inputs of a graph that read a prompt of `batch` sequences, or go on with them, and give one row of logits."""
+        device = self.program.source.device
+        cache = KVCache.allocate(self.layout, batch, EXAMPLE_CAPACITY, device)
+        tokens = torch.zeros(batch, 1 if graph == SINGLE else EXAMPLE_COLUMNS, dtype=torch.int64, device=device)
+        rows, count = tokens[:, :1].clone(), torch.ones_like(cache.lengths)
+        steps = step_inputs(self.program, tokens, torch.zeros_like(tokens), count, rows, cache)
+        return [(steps | cache.buffers)[port.name] for port in self.program.inputs]
+
+    def open_package(self, graph: str, path: Path, fixed_sizes: tuple[int, ...]) -> None:
+        """See `CompiledGraph.open_package`: it runs code that lies in the file."""
+        device = self.program.source.device
+        is_captured = graph == SINGLE and device.type == "cuda"
+        self.graphs[graph].open_package(path, fixed_sizes, device, is_captured)
 
     def _new_step(self, values: Mapping[str, Tensor], cache: KVCache) -> StaticStep:
         if cache.lengths.is_cuda and not self._steps:
