@@ -1,8 +1,8 @@
 """`skipstone::row_linear`: linear layers of few rows, with the norm before them and what is made of their results.
 
 To decode is to multiply a row, or a few, with every weight of the model. Such a product takes as long as reading its
-weight, and norms, activations and sums take longer to begin than to do. So they are parts of the product here. Layers
-that run at the same time are lanes, each with weights and a gain of its own.
+weight; norms, activations, rotary embeddings and sums take longer to begin than to do. So they are parts of it here.
+Layers that run at the same time are lanes, each with weights and a gain of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ def check_operands(
     gain: Tensor | None,
     residual: Tensor | None,
     skip: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_sizes: Sequence[int] | None,
     activation: str,
     is_gated: bool,
 ) -> None:
@@ -65,14 +68,45 @@ def check_operands(
         raise InvalidInput(f"Rows {tuple(residual.shape)} cannot be added to the results.")
     if skip is not None and (skip.shape != (rows,) or skip.dtype != torch.bool or skip.device != x.device):
         raise InvalidInput(f"Decisions {skip.dtype} {tuple(skip.shape)} on {skip.device} are not one bool a row.")
-    others = [each for each in (*weights, *biases, gain, residual) if each is not None]
+    _check_rotation(rows, weights, cos, sin, head_sizes, activation != "none" or is_gated or residual is not None)
+    others = [each for each in (*weights, *biases, gain, residual, cos, sin) if each is not None]
     if any(other.dtype != x.dtype or other.device != x.device for other in others):
         raise InvalidInput(f"Rows of {x.dtype} on {x.device} with operands of other dtypes or devices.")
+
+
+def _check_rotation(
+    rows: int,
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_sizes: Sequence[int] | None,
+    has_more: bool,
+) -> None:
+    if (cos is None) != (sin is None) or (cos is None) != (not head_sizes):
+        raise InvalidInput("A rotary embedding has cosines, sines and head sizes, or none of them.")
+    if cos is None or sin is None or not head_sizes:
+        return
+    if has_more:
+        raise InvalidInput("Nothing but a rotary embedding is behind a product that has one.")
+    if len(head_sizes) != len(weights) or any(size not in (0, cos.shape[-1]) for size in head_sizes):
+        raise InvalidInput(f"Heads of {list(head_sizes)} channels do not fit cosines of {cos.shape[-1]}.")
+    if cos.shape != (rows, cos.shape[-1]) or sin.shape != cos.shape or cos.shape[-1] % 2:
+        raise InvalidInput(f"Cosines {tuple(cos.shape)} and sines {tuple(sin.shape)} do not fit {rows} rows.")
+    if any(size and weight.shape[1] % size for weight, size in zip(weights, head_sizes, strict=True)):
+        raise InvalidInput(f"Weights {[tuple(weight.shape) for weight in weights]} are not of whole heads.")
 
 
 def columns(weights: Sequence[Tensor], is_gated: bool) -> int:
     """The width of the results."""
     return weights[0].shape[1] if is_gated else sum(weight.shape[1] for weight in weights)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding of rows [..., F] of heads that stand side by side, by cosines and sines [..., head size]."""
+    heads = x.unflatten(-1, (-1, cos.shape[-1]))
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (heads * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).flatten(-2)
 
 
 @torch.library.custom_op("skipstone::row_linear", mutates_args=())
@@ -83,7 +117,10 @@ def row_linear(
     gain: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
+    head_sizes: Sequence[int] | None = None,
     eps: float | None = None,
     offset: float = 0.0,
     activation: str = "none",
@@ -91,8 +128,9 @@ def row_linear(
 ) -> Tensor:
     """``y_i = norm(x) @ weights[i].T + biases[i]``, and ``activation(y_0) * y_1`` if gated, or else all of them joined.
 
-    Without a gate, the activation is that of every result; `residual` is added last. All of it is computed in the wider
-    of float32 and x's dtype, and rounded once.
+    Without a gate, the activation is that of every result; `residual` is added last. Queries and keys get their rotary
+    embedding (RoFormer, arXiv 2104.09864), ``y cos + rotate_half(y) sin`` for each head. All of it is computed in the
+    wider of float32 and x's dtype, and rounded once.
 
     Args:
         x: [L, R, D] for L lanes and R rows. Of `x`, `gain` and `residual`, one lane stands for all.
@@ -102,6 +140,8 @@ def row_linear(
         residual: [L, R, F].
         skip: bool [R]: products of these rows are zeros, whatever `x` and the weights hold. No weight is read where all
             rows skip.
+        cos, sin: [R, head size] of the rotary embedding.
+        head_sizes: of each weight whose results have it; 0 for the others.
         eps: of the RMSNorm ``x * rsqrt(mean(x ** 2) + eps) * (gain + offset)``; None for no norm.
         offset: added to the gain.
         activation: one of `ACTIVATIONS`.
@@ -111,7 +151,7 @@ def row_linear(
     Raises:
         InvalidInput: see `check_operands`.
     """
-    check_operands(x, weights, biases, gain, residual, skip, activation, is_gated)
+    check_operands(x, weights, biases, gain, residual, skip, cos, sin, head_sizes, activation, is_gated)
     exact = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(exact)
     if eps is not None:
@@ -122,6 +162,11 @@ def row_linear(
         each if bias is None else each + bias.to(exact).unsqueeze(1)
         for each, bias in zip(products, biases, strict=True)
     ]
+    if cos is not None and sin is not None and head_sizes:
+        products = [
+            rotate(each, cos.to(exact), sin.to(exact)) if size else each
+            for each, size in zip(products, head_sizes, strict=True)
+        ]
     act = ACTIVATIONS[activation]
     result = act(products[0]) * products[1] if is_gated else act(torch.cat(products, dim=-1))
     if skip is not None:
@@ -131,9 +176,10 @@ def row_linear(
 
 @row_linear.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, weights, biases, gain=None, residual=None, skip=None, *, eps=None, offset=0.0, activation="none", is_gated=False
-):
-    check_operands(x, weights, biases, gain, residual, skip, activation, is_gated)
+    x, weights, biases, gain=None, residual=None, skip=None, cos=None, sin=None, *, head_sizes=None, eps=None,
+    offset=0.0, activation="none", is_gated=False
+):  # fmt: skip
+    check_operands(x, weights, biases, gain, residual, skip, cos, sin, head_sizes, activation, is_gated)
     return x.new_empty(weights[0].shape[0], x.shape[1], columns(weights, is_gated))
 
 

@@ -19,7 +19,7 @@ from skipstone.kernels.row_linear import row_launch
 FORMATS = ("full", "int8_channel", "int4_channel", "int8_token", "fp8_token", "int4_group:32", "nvfp4", "mxfp4")
 """Of quantized caches, and the model's own dtype."""
 
-WIDTH, FFN = 4096, 14336
+WIDTH, FFN, HEAD = 4096, 14336, 128
 """Of the linear layers: those of Llama 3 with 8 billion parameters."""
 
 
@@ -65,18 +65,20 @@ def _row_linear(arch: str) -> Iterator[Entry]:
     """The products of a decode step."""
 
     def entry(use: str, depth: int, widths: list[int], lanes: int = 1, skip: bool = False, gate: bool = False) -> Entry:
+        angles = None if gate or len(widths) == 1 else _tensor(1, HEAD)
         norm, total = depth == WIDTH, widths[0] if gate else sum(widths)
         return Entry(
             use,
             row_launch(
                 _tensor(1, 1, depth), [_tensor(lanes, each, depth) for each in widths], [None] * len(widths),
                 _tensor(lanes, depth) if norm else None, None if norm else _tensor(1, 1, total),
-                _tensor(1, dtype=torch.bool) if skip else None, _tensor(lanes, 1, total),
-                1e-6 if norm else None, 0.0, "silu" if gate else "none", gate, capability(arch), PROCESSORS,
+                _tensor(1, dtype=torch.bool) if skip else None, angles, angles, _tensor(lanes, 1, total),
+                None if angles is None else [HEAD, HEAD, 0], 1e-6 if norm else None, 0.0, "silu" if gate else "none",
+                gate, capability(arch), PROCESSORS,
             ),
         )  # fmt: skip
 
-    yield entry("norm, queries, keys and values", WIDTH, [WIDTH, WIDTH // 4, WIDTH // 4])
+    yield entry("norm, rotated queries and keys, and values", WIDTH, [WIDTH, WIDTH // 4, WIDTH // 4])
     yield entry("the same of 8 layers at the same time", WIDTH, [WIDTH, WIDTH // 4, WIDTH // 4], lanes=8)
     yield entry("norm and gated FFN", WIDTH, [FFN, FFN], gate=True)
     yield entry("the same, where tokens may skip", WIDTH, [FFN, FFN], skip=True, gate=True)

@@ -10,6 +10,7 @@ waits for the rows then.
 # ruff: noqa: RUF005
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +54,10 @@ def row_launch(
     gain: Tensor | None,
     residual: Tensor | None,
     skip: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
+    head_sizes: Sequence[int] | None,
     eps: float | None,
     offset: float,
     activation: str,
@@ -64,9 +68,9 @@ def row_launch(
     """The launch that writes the result to `out`.
 
     Args:
-        x, weights, biases, gain, residual, skip: operands that fit each other.
+        x, weights, biases, gain, residual, skip, cos, sin: operands that fit each other.
         out: [L, R, F], contiguous and not empty.
-        eps, offset, activation, is_gated: see `skipstone.ir.row_linear.row_linear`.
+        head_sizes, eps, offset, activation, is_gated: see `skipstone.ir.row_linear.row_linear`.
         arch: of the device, such as 90; 0 for Triton's interpreter.
         processors: how many it has.
     Raises:
@@ -82,22 +86,27 @@ def row_launch(
     for weight in weights:
         if weight.stride(2) != 1 or weight.stride(1) * BLOCK >= REACH:
             raise Unsupported(f"a kernel of row_linear for a weight {tuple(weight.shape)} of strides {weight.stride()}")
-    total = columns(weights, is_gated)
-    block, depth, warps = tile_of(rows, lanes * total, width, processors)
     parts = [weights[0].shape[1]] if is_gated else [weight.shape[1] for weight in weights]
+    heads = [*head_sizes] if head_sizes else [0] * len(parts)
+    # A program has both columns of a pair that is rotated.
+    pairs = [part // 2 if size else part for part, size in zip(parts, heads, strict=True)]
+    block, depth, warps = tile_of(rows, lanes * sum(pairs), width, processors)
+    block = math.gcd(block, *(size // 2 for size in heads))
     return Launch(
         multiply_few_rows,
-        (sum(triton.cdiv(part, block) for part in parts), lanes),
+        (sum(triton.cdiv(each, block) for each in pairs), lanes),
         {
             "x": x.contiguous(), "weights": tuple(weights),
             "biases": tuple(None if bias is None else bias.contiguous() for bias in biases),
             "gain": None if gain is None else gain.contiguous(),
             "residual": None if residual is None else residual.contiguous(),
-            "skip": None if skip is None else skip.contiguous(), "out": out,
+            "skip": None if skip is None else skip.contiguous(),
+            "cos": None if cos is None else cos.contiguous(), "sin": None if sin is None else sin.contiguous(),
+            "out": out,
             "eps": 0.0 if eps is None else eps, "offset": offset,
         },
         {
-            "PARTS": tuple(parts), "LANES": tuple(weight.stride(0) for weight in weights),
+            "PARTS": tuple(parts), "HEADS": tuple(heads), "LANES": tuple(weight.stride(0) for weight in weights),
             "STRIDES": tuple(weight.stride(1) for weight in weights), "WIDTH": width,
             "SHARED": tuple(each is None or each.shape[0] < lanes for each in (x, gain, residual)),
             "ROWS": rows, "BLOCK_N": block, "BLOCK_K": depth, "NORM": eps is not None, "ACTIVATION": activation,
@@ -116,35 +125,38 @@ def _(
     gain: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
+    head_sizes: Sequence[int] | None = None,
     eps: float | None = None,
     offset: float = 0.0,
     activation: str = "none",
     is_gated: bool = False,
 ) -> Tensor:
-    check_operands(x, weights, biases, gain, residual, skip, activation, is_gated)
+    check_operands(x, weights, biases, gain, residual, skip, cos, sin, head_sizes, activation, is_gated)
     properties = torch.cuda.get_device_properties(x.device)
     out = x.new_empty(weights[0].shape[0], x.shape[1], columns(weights, is_gated))
     if out.numel():
         arch = properties.major * 10 + properties.minor
         row_launch(
-            x, weights, biases, gain, residual, skip, out, eps, offset, activation, is_gated, arch,
-            properties.multi_processor_count,
+            x, weights, biases, gain, residual, skip, cos, sin, out, head_sizes, eps, offset, activation, is_gated,
+            arch, properties.multi_processor_count,
         )()  # fmt: skip
     return out
 
 
 @triton.jit
 def multiply_few_rows(
-    x, weights, biases, gain, residual, skip, out, eps, offset,
-    PARTS: tl.constexpr, LANES: tl.constexpr, STRIDES: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, weights, biases, gain, residual, skip, cos, sin, out, eps, offset,
+    PARTS: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr, STRIDES: tl.constexpr, WIDTH: tl.constexpr,
+    SHARED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of a lane of the result [L, ROWS, sum of PARTS] of x [L, ROWS, WIDTH] and weights of the strides.
 
-    SHARED says whether the lanes of x, the gain and the residual are one.
+    SHARED says whether the lanes of x, the gain and the residual are one, HEADS which size heads have that are rotated.
 
     With OVERLAP, weights, biases and the gain are read before the kernels that were launched before are done, unless
     rows may skip: then it is the decisions that are read first.
@@ -152,32 +164,30 @@ def multiply_few_rows(
     begin_early(OVERLAP)
     number, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total: tl.constexpr = _sum(PARTS)
-    x = _own(x, lane, 0 if SHARED[0] else ROWS * WIDTH)
-    gain = _own(gain, lane, 0 if SHARED[1] else WIDTH)
-    residual = _own(residual, lane, 0 if SHARED[2] else ROWS * total)
-    out = _own(out, lane, ROWS * total)
+    out += lane * (ROWS * total)
+    if not SHARED[0]:
+        x += lane * (ROWS * WIDTH)
+    if not SHARED[1]:
+        gain += lane * WIDTH
+    if not SHARED[2]:
+        residual += lane * (ROWS * total)
     if GATED:
         _multiply_or_skip(
-            x, _own(weights[0], lane, LANES[0]), _own(biases[0], lane, PARTS[0]), _own(weights[1], lane, LANES[1]),
-            _own(biases[1], lane, PARTS[0]), gain, residual, skip, out, eps, offset, number, 0, PARTS[0], total,
-            STRIDES[0], STRIDES[1], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
+            x, weights[0] + lane * LANES[0], biases[0], weights[1] + lane * LANES[1], biases[1], gain, residual, skip,
+            None, None, out, eps, offset, lane, number, 0, PARTS[0], total, 0, STRIDES[0], STRIDES[1], WIDTH, ROWS,
+            BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
         )  # fmt: skip
     else:
         # Which weight it is follows from the number of the program; each has code of its own.
         for part in tl.static_range(len(PARTS)):
-            first = _blocks(PARTS, part, BLOCK_N)
-            if (number >= first) & (number < _blocks(PARTS, part + 1, BLOCK_N)):
+            first = _blocks(PARTS, HEADS, part, BLOCK_N)
+            if (number >= first) & (number < _blocks(PARTS, HEADS, part + 1, BLOCK_N)):
+                weight = weights[part] + lane * LANES[part]
                 _multiply_or_skip(
-                    x, _own(weights[part], lane, LANES[part]), _own(biases[part], lane, PARTS[part]), None, None, gain,
-                    residual, skip, out, eps, offset, number - first, _sum(PARTS, part), PARTS[part], total,
-                    STRIDES[part], 0, WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
+                    x, weight, biases[part], weight, biases[part], gain, residual, skip, cos, sin, out, eps, offset,
+                    lane, number - first, _sum(PARTS, part), PARTS[part], total, HEADS[part], STRIDES[part],
+                    STRIDES[part], WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
                 )  # fmt: skip
-
-
-@triton.jit
-def _own(pointer, lane, STRIDE: tl.constexpr):
-    """Where a lane's part of a tensor begins; None for no tensor."""
-    return None if pointer is None else pointer + lane * STRIDE
 
 
 @triton.constexpr_function
@@ -186,14 +196,15 @@ def _sum(parts, count=None):
 
 
 @triton.constexpr_function
-def _blocks(parts, count, block):
-    return sum((part + block - 1) // block for part in parts[:count])
+def _blocks(parts, heads, count, block):
+    """Programs of the first parts: pairs of columns that are rotated count once."""
+    return sum(((part // 2 if heads[i] else part) + block - 1) // block for i, part in enumerate(parts[:count]))
 
 
 @triton.jit
 def _multiply_or_skip(
-    x, weight, bias, other, other_bias, gain, residual, skip, out, eps, offset, block, before,
-    COLUMNS: tl.constexpr, TOTAL: tl.constexpr, STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr,
+    x, weight, bias, other, other_bias, gain, residual, skip, cos, sin, out, eps, offset, lane, block, before,
+    COLUMNS: tl.constexpr, TOTAL: tl.constexpr, HEAD: tl.constexpr, STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -207,39 +218,48 @@ def _multiply_or_skip(
         is_needed = skipping < ROWS
     if is_needed:
         _multiply(
-            x, weight, bias, other, other_bias, gain, residual, skip, out, eps, offset, block, before, COLUMNS, TOTAL,
-            STRIDE, OTHER_STRIDE, WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
+            x, weight, bias, other, other_bias, gain, residual, skip, cos, sin, out, eps, offset, lane, block, before,
+            COLUMNS, TOTAL, HEAD, STRIDE, OTHER_STRIDE, WIDTH, ROWS, BLOCK_N, BLOCK_K, NORM, ACTIVATION, GATED, OVERLAP,
         )  # fmt: skip
     else:
-        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = _first_column(block, HEAD, BLOCK_N) + tl.arange(0, BLOCK_N)
         present = column < COLUMNS
         for row in tl.static_range(ROWS):
             place = row * TOTAL + before + column
             if residual is None:
                 tl.store(out + place, tl.zeros((BLOCK_N,), out.dtype.element_ty), mask=present)
+                if HEAD > 0:
+                    tl.store(out + place + HEAD // 2, tl.zeros((BLOCK_N,), out.dtype.element_ty), mask=present)
             else:
                 tl.store(out + place, tl.load(residual + place, present, 0.0), mask=present)
 
 
 @triton.jit
 def _multiply(
-    x, weight, bias, other, other_bias, gain, residual, skip, out, eps, offset, block, before,
-    COLUMNS: tl.constexpr, TOTAL: tl.constexpr, STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr,
+    x, weight, bias, other, other_bias, gain, residual, skip, cos, sin, out, eps, offset, lane, block, before,
+    COLUMNS: tl.constexpr, TOTAL: tl.constexpr, HEAD: tl.constexpr, STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of one weight, whose results stand behind `before` others."""
-    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One block of columns of one weight, whose results stand behind `before` others; of the lane but for biases.
+
+    Columns have others that they are multiplied with, the same ones of the other weight, or rotated with, half a head
+    further on.
+    """
+    begin = _first_column(block, HEAD, BLOCK_N)
+    column = begin + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     present = column < COLUMNS
+    half: tl.constexpr = HEAD // 2
+    paired: tl.constexpr = GATED or HEAD > 0
     # Only where a tile begins takes 64 bits.
-    weight += tl.cast(block, tl.int64) * (BLOCK_N * STRIDE)
+    weight += tl.cast(begin, tl.int64) * STRIDE
     tile = _tile(weight, depth, present, BLOCK_N, STRIDE, WIDTH)
-    shift = _vector(bias, column, present)
-    if GATED:
-        other += tl.cast(block, tl.int64) * (BLOCK_N * OTHER_STRIDE)
+    shift = _vector(bias, lane * COLUMNS + column, present)
+    if paired:
+        other += tl.cast(begin + half, tl.int64) * OTHER_STRIDE
         other_tile = _tile(other, depth, present, BLOCK_N, OTHER_STRIDE, WIDTH)
-        other_shift = _vector(other_bias, column, present)
+        other_shift = _vector(other_bias, lane * COLUMNS + column + half, present)
     factor = _factor(gain, offset, depth, WIDTH, NORM)
     wait_for_kernels(OVERLAP)
     first = tl.zeros((BLOCK_N,), tl.float32)
@@ -254,7 +274,7 @@ def _multiply(
         if start > 0:
             depth = start + tl.arange(0, BLOCK_K)
             tile = _tile(weight, depth, present, BLOCK_N, STRIDE, WIDTH)
-            if GATED:
+            if paired:
                 other_tile = _tile(other, depth, present, BLOCK_N, OTHER_STRIDE, WIDTH)
             factor = _factor(gain, offset, depth, WIDTH, NORM)
         grown, other_grown = (), ()
@@ -263,23 +283,41 @@ def _multiply(
             if NORM:
                 values = values * tl.rsqrt(squares[row] / WIDTH + eps) * factor
             grown = grown + (sums[row] + tl.sum(tile.to(tl.float32) * values[None, :], axis=1),)
-            if GATED:
+            if paired:
                 other_grown = other_grown + (
                     other_sums[row] + tl.sum(other_tile.to(tl.float32) * values[None, :], axis=1),
                 )
         sums = grown
-        if GATED:
+        if paired:
             other_sums = other_grown
     for row in tl.static_range(ROWS):
         result = _activate(sums[row] + shift, ACTIVATION)
-        if GATED:
-            result *= other_sums[row] + other_shift
+        place = row * TOTAL + before + column
+        if paired:
+            second = other_sums[row] + other_shift
+            if GATED:
+                result *= second
+            else:
+                angle = row * HEAD + column % HEAD
+                turned = second * _vector(cos, angle + half, present) + result * _vector(sin, angle + half, present)
+                result = result * _vector(cos, angle, present) - second * _vector(sin, angle, present)
+                if skip is not None:
+                    turned = tl.where(tl.load(skip + row), 0.0, turned)
+                tl.store(out + place + half, turned.to(out.dtype.element_ty), mask=present)
         if skip is not None:
             result = tl.where(tl.load(skip + row), 0.0, result)
-        place = row * TOTAL + before + column
         if residual is not None:
             result += tl.load(residual + place, present, 0.0).to(tl.float32)
         tl.store(out + place, result.to(out.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _first_column(block, HEAD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a block begins: the blocks of a weight whose heads are rotated lie in their first halves."""
+    begin = block * BLOCK_N
+    if HEAD > 0:
+        begin = begin // (HEAD // 2) * HEAD + begin % (HEAD // 2)
+    return begin
 
 
 @triton.jit

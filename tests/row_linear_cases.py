@@ -24,6 +24,7 @@ class Case:
         skip: "some" or "all" rows, if any can.
         lanes: of the weights, and of everything whose first letter is in `own`: "x", "gain", "residual".
         parts: columns of each weight.
+        heads: sizes of heads that are rotated, of each weight.
     """
 
     rows: int = 1
@@ -39,6 +40,7 @@ class Case:
     skip: str = ""
     lanes: int = 1
     own: str = ""
+    heads: tuple[int, ...] = ()
 
 
 CASES = {
@@ -64,6 +66,11 @@ CASES = {
     "some lanes skip": Case(2, 40, (24, 9), bias=True, norm=True, skip="some", lanes=3, own="xg"),
     "all skip": Case(3, 40, (24, 9), bias=True, skip="all"),
     "all skip, but for a sum": Case(2, 40, (24,), residual=True, skip="all"),
+    "rotated": Case(1, 48, (32, 16, 16), bias=True, norm=True, heads=(16, 16, 0)),
+    "rotated rows": Case(3, 33, (9, 30), norm=True, skip="some", heads=(0, 10)),
+    "rotated lanes": Case(2, 40, (24, 12, 6), norm=True, lanes=3, own="g", heads=(12, 12, 0)),
+    "rotated, all skip": Case(2, 40, (24, 6), bias=True, heads=(12, 0), skip="all"),
+    "deep and rotated": Case(1, 8193, (4, 3), heads=(2, 0)),
     "deep and gated": Case(1, 8193, (3, 3), bias=True, residual=True, activation="silu", is_gated=True),
 }
 
@@ -93,6 +100,9 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu", strided: bool 
         "gain": random(lanes("g"), case.width) if case.norm and case.gain else None,
         "residual": random(lanes("r"), case.rows, total) if case.residual else None,
         "skip": _skip(case, device),
+        "cos": random(case.rows, max(case.heads)) if case.heads else None,
+        "sin": random(case.rows, max(case.heads)) if case.heads else None,
+        "head_sizes": case.heads or None,
         "eps": 1e-2 if case.norm else None,
         "offset": case.offset,
         "activation": case.activation,
@@ -116,6 +126,10 @@ def in_float64(given: dict[str, Any]) -> Tensor:
     for weight, bias in zip(given["weights"], given["biases"], strict=True):
         product = torch.einsum("lrd,lfd->lrf", x.expand(weight.shape[0], -1, -1), weight.double())
         products.append(product if bias is None else product + bias.double()[:, None])
+    if given["head_sizes"]:
+        products = [
+            _rotated(y, given, size) if size else y for y, size in zip(products, given["head_sizes"], strict=True)
+        ]
     named = {
         "none": lambda y: y,
         "silu": F.silu,
@@ -129,6 +143,15 @@ def in_float64(given: dict[str, Any]) -> Tensor:
     if given["skip"] is not None:
         result = result * (~given["skip"]).double()[:, None]
     return result if given["residual"] is None else result + given["residual"].double()
+
+
+def _rotated(y: Tensor, given: dict[str, Any], size: int) -> Tensor:
+    """Pairs of channels, half a head apart, times a matrix of two rows and columns."""
+    cos, sin = (given[name].double()[:, None] for name in ("cos", "sin"))
+    heads = y.reshape(*y.shape[:2], -1, size)
+    a, b = heads[..., : size // 2], heads[..., size // 2 :]
+    first = a * cos[..., : size // 2] - b * sin[..., : size // 2]
+    return torch.cat([first, b * cos[..., size // 2 :] + a * sin[..., size // 2 :]], -1).reshape(y.shape)
 
 
 def check(run: Run, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", strided: bool = False) -> None:

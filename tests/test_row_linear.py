@@ -16,6 +16,7 @@ from tests.row_linear_cases import CASES, Case
 
 LLAMA = {  # of Llama 3 with 8 billion parameters: the products of a layer
     "heads": Case(1, 4096, (4096, 1024, 1024), norm=True),
+    "rotated": Case(1, 4096, (4096, 1024, 1024), norm=True, heads=(128, 128, 0)),
     "output": Case(1, 4096, (4096,), residual=True),
     "gated": Case(1, 4096, (14336, 14336), norm=True, activation="silu", is_gated=True),
     "down": Case(1, 14336, (4096,), residual=True),
@@ -25,6 +26,11 @@ LLAMA = {  # of Llama 3 with 8 billion parameters: the products of a layer
     "wide": Case(1, 61440, (640,)),
     "may skip": Case(1, 4096, (14336, 14336), norm=True, activation="silu", is_gated=True, skip="some"),
 }
+
+
+def rotated(size: int = 8, **others: Any) -> dict[str, Any]:
+    """A rotary embedding, but for what is changed."""
+    return {"cos": torch.ones(1, size), "sin": torch.ones(1, size), "head_sizes": [size], **others}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -37,10 +43,12 @@ def test_operator(name: str, dtype: torch.dtype) -> None:
     assert (result.double() - wanted).abs().max() <= tolerance[dtype] * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", ["odd", "heads of rows", "gated rows", "lanes of one row", "some skip"])
+@pytest.mark.parametrize(
+    "name", ["odd", "heads of rows", "gated rows", "lanes of one row", "some skip", "rotated rows"]
+)
 def test_operator_is_registered_well(name: str) -> None:
     given = row_linear_cases.operands(CASES[name], torch.float32)
-    positional = [given.pop(key) for key in ("x", "weights", "biases", "gain", "residual", "skip")]
+    positional = [given.pop(key) for key in ("x", "weights", "biases", "gain", "residual", "skip", "cos", "sin")]
     torch.library.opcheck(torch.ops.skipstone.row_linear.default, tuple(positional), given)
 
 
@@ -57,6 +65,15 @@ def test_operator_is_registered_well(name: str) -> None:
         ({"skip": torch.ones(2, dtype=torch.bool)}, r"Decisions torch.bool \(2,\) on cpu are not one bool a row"),
         ({"x": torch.ones(2, 1, 48)}, r"Rows of 2 lanes with weights of \[1\]"),
         ({"residual": torch.ones(1, 1, 41)}, r"Rows \(1, 1, 41\) cannot be added"),
+        ({"cos": torch.ones(1, 8), "head_sizes": [8]}, "cosines, sines and head sizes, or none of them"),
+        ({"cos": torch.ones(1, 8), "sin": torch.ones(1, 8)}, "cosines, sines and head sizes, or none of them"),
+        (rotated(activation="silu"), "Nothing but a rotary embedding"),
+        (rotated(residual=torch.ones(1, 1, 40)), "Nothing but a rotary embedding"),
+        (rotated(head_sizes=[10]), r"Heads of \[10\] channels do not fit cosines of 8"),
+        (rotated(head_sizes=[8, 8]), r"Heads of \[8, 8\] channels"),
+        (rotated(cos=torch.ones(2, 8)), r"Cosines \(2, 8\) and sines \(1, 8\) do not fit 1 rows"),
+        (rotated(16), "not of whole heads"),
+        (rotated(5), r"Cosines \(1, 5\)"),
         ({"gain": torch.ones(1, 48, dtype=torch.float64)}, "operands of other dtypes or devices"),
     ],
     ids=str,
@@ -85,8 +102,10 @@ def launch_of(case: Case, dtype: torch.dtype, arch: int) -> Any:
             torch.empty(case.lanes, case.width, dtype=dtype) if case.norm and case.gain else None,
             torch.empty(1, case.rows, total, dtype=dtype) if case.residual else None,
             torch.empty(case.rows, dtype=torch.bool) if case.skip else None,
+            torch.empty(case.rows, max(case.heads), dtype=dtype) if case.heads else None,
+            torch.empty(case.rows, max(case.heads), dtype=dtype) if case.heads else None,
             torch.empty(case.lanes, case.rows, total, dtype=dtype),
-            1e-6 if case.norm else None, case.offset, case.activation, case.is_gated, arch, 132,
+            case.heads, 1e-6 if case.norm else None, case.offset, case.activation, case.is_gated, arch, 132,
         )  # fmt: skip
 
 
@@ -109,7 +128,7 @@ def test_registers_of_other_dtypes(name: str, dtype: torch.dtype) -> None:
     assert usage(launch, "sm_90").spilled == 0
 
 
-@pytest.mark.parametrize("name", ["heads", "output", "gated", "down"])
+@pytest.mark.parametrize("name", ["heads", "rotated", "output", "gated", "down"])
 def test_weights_are_read_before_the_kernels_before_are_done(name: str) -> None:
     """On sm_90, in 16-byte loads; on sm_80 nothing waits."""
     case = LLAMA[name]

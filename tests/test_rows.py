@@ -29,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def calls(graph: fx.Graph) -> list[dict[str, Any]]:
     """What each operator of a graph takes in."""
-    names = ("x", "weights", "biases", "gain", "residual", "skip", "eps", "offset", "activation", "is_gated")
+    names = (
+        "x", "weights", "biases", "gain", "residual", "skip", "cos", "sin", "rotated", "eps", "offset", "activation",
+        "is_gated",
+    )  # fmt: skip
     return [dict(zip(names, node.args, strict=True)) for node in graph.nodes if node.target is multiply]
 
 
@@ -37,13 +40,14 @@ def summary(call: dict[str, Any]) -> str:
     """Such as "norm 2 silu gated residual"."""
     parts = ["norm"] * (call["eps"] is not None) + [str(len(call["weights"]))]
     parts += [call["activation"]] * (call["activation"] != "none") + ["gated"] * call["is_gated"]
+    parts += ["rotated"] * (call["cos"] is not None)
     parts += ["may skip"] * (call["skip"] is not None)
     return " ".join([*parts, *["residual"] * (call["residual"] is not None)])
 
 
 FOUND = {
-    "llama": {"norm 3": 3, "1 residual": 6, "norm 2 silu gated": 3, "1": 1},
-    "gemma2": {"norm 3": 3, "1": 7, "norm 2 gelu_tanh gated": 3},  # what is added is a norm's result
+    "llama": {"norm 3 rotated": 3, "1 residual": 6, "norm 2 silu gated": 3, "1": 1},
+    "gemma2": {"norm 3 rotated": 3, "1": 7, "norm 2 gelu_tanh gated": 3},  # what is added is a norm's result
     # LayerNorm; one layer of queries, keys and values; attention and FFN are summed first, and then added to the stream
     "gpt_neox": {"1": 7, "1 gelu": 3, "1 residual": 3},
 }
@@ -139,6 +143,65 @@ def test_forms(name: str) -> None:
     torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
 
 
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As models write it."""
+    half = heads.shape[-1] // 2
+    turned = torch.cat((-heads[..., half:], heads[..., :half]), -1)
+    return heads * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+class Rotary(nn.Module):
+    """Queries and keys, heads of four channels, and values; `body` makes something of what they are read as."""
+
+    def __init__(self, body: Callable[..., Tensor], is_one: bool) -> None:
+        super().__init__()
+        parts = [nn.Linear(16, 24)] if is_one else [nn.Linear(16, size) for size in (8, 8, 8)]
+        self.parts, self.body = nn.ModuleList(parts), body
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        results = [part(x) for part in self.parts]
+        parts = results[0].split(8, -1) if len(results) == 1 else results
+        heads = [part.reshape(*x.shape[:2], 2, 4).transpose(1, 2) for part in parts]
+        return self.body(*heads, cos, sin)
+
+
+ROTARY: dict[str, tuple[Callable[..., Tensor], list[int]]] = {
+    "queries and keys": (lambda q, k, v, c, s: rotated(q, c, s) + rotated(k, c, s) + v, [8, 8, 0]),
+    "keys alone": (lambda q, k, v, c, s: q + rotated(k, c, s) + v, [0, 8, 0]),
+    "other angles": (lambda q, k, v, c, s: rotated(q, c, s) + rotated(k, s, c) + v, [8, 0, 0]),
+    "read elsewhere": (lambda q, k, v, c, s: rotated(q, c, s) * q + rotated(k, c, s) + v, [0, 8, 0]),
+    "angles that come later": (lambda q, k, v, c, s: rotated(q, c, t := s + v[:, 0]) + rotated(k, c, t) + v, [0, 0, 0]),
+    "angles of heads": (lambda q, k, v, c, s: q * c[:, None] - k * s[:, None] + v, [0, 0, 0]),
+    "without a sign": (
+        lambda q, k, v, c, s: q * c[:, None] + torch.cat((q[..., 2:], q[..., :2]), -1) * s[:, None] + k + v, [0, 0, 0],
+    ),
+    "halves in order": (
+        lambda q, k, v, c, s: q * c[:, None] + torch.cat((-q[..., :2], q[..., 2:]), -1) * s[:, None] + k + v, [0, 0, 0],
+    ),
+    "uneven halves": (
+        lambda q, k, v, c, s: q * c[:, None] + torch.cat((-q[..., 1:], q[..., :1]), -1) * s[:, None] + k + v, [0, 0, 0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_one", [False, True])
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_embeddings(name: str, is_one: bool) -> None:
+    """Of one layer for queries, keys and values, those of its first columns."""
+    body, found = ROTARY[name]
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 3, 16), "cos": torch.randn(2, 3, 4), "sin": torch.randn(2, 3, 4)}
+    program = capture_module(Rotary(body, is_one).eval(), inputs)
+    graph = decode_graph(program)
+    (call,) = calls(graph)
+    first = next((place for place, count in enumerate(found) if count == 0), 3)
+    assert call["rotated"] == ([sum(found[:first])] if is_one else found)
+    given = [torch.randn(2, 1, size) for size in (16, 4, 4)]
+    (wanted,) = program.run(**{port.name: each for port, each in zip(program.inputs, given, strict=True)}).values()
+    (result,) = fx.Interpreter(fx.GraphModule(program.tensors(), graph)).run(*given)
+    torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_norms_in_half_precision_are_taken_in() -> None:
     program = captured(lambda m, x: x + m.a(m.norm(x)), torch.bfloat16)
     graph = decode_graph(program)
@@ -189,7 +252,7 @@ def test_layers_that_tokens_may_skip() -> None:
     found = Counter(map(summary, calls(decode_graph(lower(rewritten("llama", "adaptive"))))))
     first = {"norm 2 silu gated": 1}  # which has no FFN before to be compared with
     others = {"norm 2 silu gated may skip": 2, "1 may skip residual": 2}
-    assert found == {"norm 3": 3, "1 residual": 4, "1": 1} | first | others
+    assert found == {"norm 3 rotated": 3, "1 residual": 4, "1": 1} | first | others
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from skipstone.ir.norms import RMSNorm, is_shape, rms_norm, target_of, uncast
 from skipstone.ir.predicated import PREDICATED_LINEAR
-from skipstone.ir.row_linear import ACTIVATIONS, ROW_LINEAR
+from skipstone.ir.rotations import Rotation, rotation
+from skipstone.ir.row_linear import ACTIVATIONS, ROW_LINEAR, rotate
 
 aten = torch.ops.aten
 
@@ -60,6 +61,7 @@ class Product:
         layers: the layers.
         result: what the operator computes: the layer's result, or what that is activated, gated and added to.
         activation, is_gated, residual: see `skipstone.ir.row_linear.row_linear`.
+        rotations: of heads that are the first columns of the result; all have the same cosines and sines.
     """
 
     layers: list[Layer]
@@ -67,6 +69,12 @@ class Product:
     activation: str = "none"
     is_gated: bool = False
     residual: fx.Node | None = None
+    rotations: list[Rotation] = field(default_factory=list)
+
+    @property
+    def rotated(self) -> int:
+        """How many columns are rotated."""
+        return sum(each.heads.meta["val"].shape[-3] * each.heads.meta["val"].shape[-1] for each in self.rotations)
 
 
 def gather_products(graph: fx.Graph) -> None:
@@ -102,6 +110,9 @@ def multiply(
     gain: Tensor | None,
     residual: Tensor | None,
     skip: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotated: Sequence[int],
     eps: float | None,
     offset: float,
     activation: str,
@@ -115,6 +126,8 @@ def multiply(
         biases, gain: one tensor, or one for each lane.
         residual: of the shape of the results, or the same for all lanes.
         skip: [B, S], for weights without lanes.
+        cos, sin: [B, S, head size] of a rotary embedding, and
+        rotated: how many of the first results of each weight have it.
     """
     is_stack = weights[0].dim() == 3
     shape = x.shape[1:-1] if is_stack and x.dim() == 4 else x.shape[:-1]
@@ -123,6 +136,10 @@ def multiply(
         if is_gated and len(weights) == 1:
             weights = weights[0].chunk(2, dim=-2)
             biases = [None, None] if biases[0] is None else biases[0].chunk(2, dim=-1)
+        widths = [weights[0].shape[-2]] if is_gated else [weight.shape[-2] for weight in weights]
+        head_sizes = None
+        if cos is not None:
+            weights, biases, head_sizes = _at_rotated(weights, biases, rotated, cos.shape[-1])
         result = ROW_LINEAR(
             _in_lanes(x, shape.numel()),
             [weight if is_stack else weight.unsqueeze(0) for weight in weights],
@@ -130,9 +147,9 @@ def multiply(
             gain if gain is None or gain.dim() == 2 else gain.unsqueeze(0),
             None if residual is None else _in_lanes(residual, shape.numel()),
             None if skip is None else skip.reshape(-1),
-            eps=eps, offset=offset, activation=activation, is_gated=is_gated,
+            *(None if each is None else each.reshape(-1, each.shape[-1]) for each in (cos, sin)),
+            head_sizes=head_sizes, eps=eps, offset=offset, activation=activation, is_gated=is_gated,
         )  # fmt: skip
-        widths = [result.shape[-1]] if is_gated else [weight.shape[-2] for weight in weights]
         return result.reshape(*lanes, *shape, -1).split(widths, dim=-1)
     exact = torch.promote_types(x.dtype, torch.float32)
     if eps is not None:
@@ -149,11 +166,31 @@ def multiply(
         results = [PREDICATED_LINEAR(x, weight, skip, bias) for weight, bias in zip(weights, biases, strict=True)]
     else:
         results = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    if cos is not None and sin is not None:
+        results = [
+            torch.cat([rotate(each[..., :count], cos, sin), each[..., count:]], dim=-1) if count else each
+            for each, count in zip(results, rotated, strict=True)
+        ]
     if is_gated and len(results) == 1:
         results = list(results[0].chunk(2, dim=-1))
     act = ACTIVATIONS[activation]
     results = [act(results[0]) * results[1]] if is_gated else [act(each) for each in results]
     return tuple(each if residual is None else each + residual for each in results)
+
+
+def _at_rotated(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], rotated: Sequence[int], size: int
+) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
+    """Weights and biases that are rotated as a whole or not at all, and the head size of those that are, or 0."""
+    parts: list[tuple[Tensor, Tensor | None, int]] = []
+    for weight, bias, count in zip(weights, biases, rotated, strict=True):
+        places = [(0, count, size), (count, weight.shape[-2], 0)]
+        parts += [
+            (weight[..., begin:end, :], None if bias is None else bias[..., begin:end], head)
+            for begin, end, head in places
+            if begin < end
+        ]
+    return [part[0] for part in parts], [part[1] for part in parts], [part[2] for part in parts]
 
 
 def has_kernel(x: Tensor, rows: int) -> bool:
@@ -247,6 +284,35 @@ def _parts(whole: fx.Node) -> dict[tuple[int, int], fx.Node]:
     return found
 
 
+def _rotations(layer: Layer) -> list[Rotation]:
+    """The rotary embeddings of the heads that are the first columns of a layer's results."""
+    width = layer.weight.meta["val"].shape[-2]
+    whole = {(0, width): layer.result}
+    parts = whole if target_of(_only_user(layer.result)) is aten.reshape.default else _parts(layer.result)
+    found: list[Rotation] = []
+    end = 0
+    for place, part in sorted(parts.items()):
+        heads = _heads(part, place[1] - place[0])
+        each = None if heads is None or place[0] != end else rotation(heads)
+        if each is None or (found and (each.cos, each.sin) != (found[0].cos, found[0].sin)):
+            break
+        found, end = [*found, each], place[1]
+    return found
+
+
+def _heads(part: fx.Node, width: int) -> fx.Node | None:
+    """The results [..., S, H D] of a layer as heads [..., H, S, D], if that is how they are read."""
+    apart = _only_user(part)
+    heads = None if target_of(apart) is not aten.reshape.default else _only_user(apart)  # type: ignore[arg-type]
+    if heads is None or target_of(heads) is not aten.transpose.int:
+        return None
+    before, shape = _shape(part)[:-1], _shape(apart)
+    last = len(shape) - 1
+    fits = len(shape) == len(before) + 2 and is_shape(apart, (*before, shape[-2], shape[-1]))  # type: ignore[arg-type]
+    is_swap = {axis % len(shape) for axis in heads.args[1:]} == {last - 2, last - 1}  # type: ignore[operator]
+    return heads if fits and is_swap and shape[-2] * shape[-1] == width else None
+
+
 def _is_last(whole: fx.Node, axis: Any) -> bool:
     return axis in (-1, whole.meta["val"].ndim - 1)
 
@@ -294,7 +360,7 @@ def _products(layers: Sequence[Layer]) -> list[Product]:
         if is_shape(other.result, _shape(gate.result)):
             products.append(Product([gate, other], product, activation, is_gated=True))
             left = [each for each in left if each not in (gate, other)]
-    products += [Product([layer], *_activated(layer.result)) for layer in left]
+    products += [Product([layer], *_activated(layer.result), rotations=_rotations(layer)) for layer in left]
     for each in products:
         total = _only_user(each.result)
         is_free = total is not None and all(total is not other.result for other in products)
@@ -312,13 +378,30 @@ def _replace(graph: fx.Graph, x: fx.Node, norm: RMSNorm | None, products: Sequen
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     gain, offset = (None, 0.0) if norm is None else _gain(norm) or (None, 0.0)
     x, eps, one = (x, None, products[0]) if norm is None else (norm.x, norm.eps, products[0])
-    with graph.inserting_before(min((each.result for each in products), key=list(graph.nodes).index)):
-        args: Any = (x, weights, biases, gain, one.residual, layers[0].skip, eps, offset, one.activation, one.is_gated)
+    place_of = list(graph.nodes).index
+    first = min((each.result for each in products), key=place_of)
+    cos, sin = _angles(products)
+    if cos is None or max(map(place_of, (cos, sin))) > place_of(first):  # type: ignore[arg-type]
+        cos = sin = None
+    for each in products:
+        each.rotations = [turn for turn in each.rotations if (turn.cos, turn.sin) == (cos, sin)]
+    with graph.inserting_before(first):
+        args: Any = (
+            x, weights, biases, gain, one.residual, layers[0].skip, cos, sin, [each.rotated for each in products], eps,
+            offset, one.activation, one.is_gated,
+        )  # fmt: skip
         call = graph.call_function(multiply, args)
         for place, each in enumerate(products):
             result = graph.call_function(operator.getitem, (call, place))
             result.meta = dict(each.result.meta)
             each.result.replace_all_uses_with(result)
+    for turn in (turn for each in products for turn in each.rotations):
+        turn.result.replace_all_uses_with(turn.heads)
+
+
+def _angles(products: Sequence[Product]) -> tuple[fx.Node | None, fx.Node | None]:
+    """Cosines and sines of the first rotary embedding of products."""
+    return next(((turn.cos, turn.sin) for each in products for turn in each.rotations), (None, None))
 
 
 def _activated(layer: fx.Node) -> tuple[fx.Node, str]:
