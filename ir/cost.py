@@ -300,6 +300,7 @@ FLOPS: dict[str, Callable[[fx.Node, Sizes], sympy.Expr]] = {
     "skipstone::cached_attention": _attention_flops,
     "skipstone::experts": _experts_flops,
     "skipstone::predicated_linear": _product_flops,
+    "skipstone::matmul_nbits": _product_flops,
 }
 
 

@@ -33,6 +33,8 @@ from skipstone.ir.keeping import WRITE_CACHE as WRITE_CACHE
 from skipstone.ir.keeping import keep as keep
 from skipstone.ir.keeping import write_cache as write_cache
 from skipstone.ir.keeping import write_rows
+from skipstone.ir.matmul_nbits import MATMUL_NBITS as MATMUL_NBITS
+from skipstone.ir.matmul_nbits import matmul_nbits as matmul_nbits
 from skipstone.ir.predicated import PREDICATED_LINEAR as PREDICATED_LINEAR
 from skipstone.ir.predicated import predicated_linear as predicated_linear
 from skipstone.ir.prompts import PROMPT_MEAN as PROMPT_MEAN

@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch import fx
 
-from skipstone.ir.dialect import ATTENTION, EXPERTS, GATE, KEEP, Kind
+from skipstone.ir.dialect import ATTENTION, EXPERTS, GATE, KEEP, MATMUL_NBITS, Kind
 from skipstone.ir.einsum import summed
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role, module_path
@@ -207,6 +207,8 @@ class _Analysis:
             return self._judge_contraction(node, [(node.args[0], -1), (node.args[1], -2)])
         if target is aten.einsum.default:
             return self._judge_contraction(node, summed(node))
+        if target is MATMUL_NBITS:
+            return self._judge_contraction(node, [(node.args[0], -1)])
         if target is aten.addmm.default:
             return self._judge_contraction(node, [(node.args[1], -1), (node.args[2], -2)])
         if target in (aten.layer_norm.default, aten.rms_norm.default):

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from skipstone.ir.activations import Activations, behind_casts, lookups
-from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, PREDICATED_LINEAR
+from skipstone.ir.dialect import ATTENTION_OPS, EXPERTS, MATMUL_NBITS, PREDICATED_LINEAR
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, module_path
 from skipstone.ir.surrogate import COPIES, PRODUCTS, RESHAPES, SCALINGS, SUMS, Coefficient, SkipPath, linear_way
@@ -31,7 +31,7 @@ _ADDS = (aten.add.Tensor, operator.add)
 _PRODUCTS = (
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
     aten.baddbmm.default, aten.conv1d.default, aten.convolution.default, aten.einsum.default, EXPERTS,
-    PREDICATED_LINEAR,
+    PREDICATED_LINEAR, MATMUL_NBITS,
 )  # fmt: skip
 _SPREADS = (*SCALINGS, *PRODUCTS, *RESHAPES, *COPIES, aten.expand.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from skipstone.passes.layer_parallel import Segment as Segment
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
     from skipstone.passes.quantize_kv import QuantizeKV as QuantizeKV
+    from skipstone.passes.quantize_weights import QuantizeWeights as QuantizeWeights
     from skipstone.passes.skip_by_prompt import SkipByPrompt as SkipByPrompt
     from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive as SkipFFNAdaptive
     from skipstone.passes.skip_sublayers import SkipSublayers as SkipSublayers
@@ -51,6 +52,7 @@ _HOME = {
     "LayerParallel": "skipstone.passes.layer_parallel",
     "Plan": "skipstone.plan",
     "QuantizeKV": "skipstone.passes.quantize_kv",
+    "QuantizeWeights": "skipstone.passes.quantize_weights",
     "Report": "skipstone.report",
     "Routers": "skipstone.training",
     "Segment": "skipstone.passes.layer_parallel",

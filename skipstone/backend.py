@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
+from torch._guards import TracingContext
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
@@ -36,6 +37,7 @@ from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.quantize_weights import QuantizeWeights
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
@@ -122,7 +124,7 @@ def backend(
             log.warning("%s", remark)
     _share_stacks(program, frame)
     module, further = lower(frame, program)
-    compiled = _compiled(module, [*example_inputs, *further], settings)
+    compiled = _compiled(module, [*example_inputs, *map(_of_fixed_sizes, further)], settings)
     if settings.report is not None:
         settings.report(report)
     places = {name: place for place, name in enumerate(_names(frame))}
@@ -187,6 +189,11 @@ def _refuse_plan(plan: Plan) -> None:
             raise Unsupported(
                 f"{entry.name} in a torch.compile backend, which does not see {_UNSEEN[type(entry)]}",
                 hint="Use skipstone.optimize(model, plan).",
+            )
+        if isinstance(entry, QuantizeWeights):
+            raise Unsupported(
+                f"{entry.name} in a torch.compile backend, whose compiler has no product with such weights",
+                hint="Use skipstone.optimize(model, plan) or skipstone.export_onnx(model, directory, plan).",
             )
         if isinstance(entry, LayerParallel):
             entry.validate()
@@ -355,6 +362,13 @@ def _share_stacks(program: Program, frame: Frame) -> None:
                 setattr(program.module, name, known)
             else:
                 _STACKS[key] = tensor
+
+
+def _of_fixed_sizes(tensor: Tensor) -> Tensor:
+    """What stands for a tensor while a frame is compiled: open sizes would come from no input of the frame."""
+    mode = TracingContext.get().fake_mode
+    assert mode is not None
+    return mode.from_tensor(tensor, static_shapes=True)
 
 
 def _version(tensor: Tensor) -> int:

@@ -35,6 +35,7 @@ from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.predicate_ffn import PredicateFFN
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.quantize_weights import QuantizeWeights
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.plan import Plan
@@ -43,8 +44,8 @@ from skipstone.reuse import move_parameters
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.session import ProgramSession, Session
 
-BEHIND_CACHE = (SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
-"""Entries of a plan that work on programs with a cache."""
+BEHIND_CACHE = (QuantizeWeights, SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
+"""Entries of a plan that work on programs with a cache; weights are quantized without one, too."""
 SIDE_BY_SIDE = (LayerParallel, FuseParallel)
 """Those that make attentions of their own, each of which then gets its slot."""
 
@@ -280,6 +281,9 @@ def check_plan(plan: Plan, target: str, calibrated: bool) -> None:
     for entry in plan:
         if isinstance(entry, (LayerParallel, SkipByPrompt, SkipFFNAdaptive)):
             entry.validate()
+        if isinstance(entry, QuantizeWeights) and target == "triton":
+            hint = "Use target='onnxruntime' on the CPU, or skipstone.export_onnx(model, directory, plan)."
+            raise Unsupported(f"{entry.name} on the triton target", hint=hint)
     _check_quantization(plan, target, calibrated)
 
 

@@ -30,6 +30,7 @@ from skipstone.passes.base import Pass
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.quantize_weights import QuantizeWeights
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
@@ -43,6 +44,7 @@ ENTRIES: tuple[type[Pass], ...] = (
     SkipSublayers,
     LayerParallel,
     FuseParallel,
+    QuantizeWeights,
     SkipByPrompt,
     SkipFFNAdaptive,
     QuantizeKV,
@@ -318,7 +320,7 @@ def _conform(value: Any, hint: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _conform_union(value, arguments, where)
     if origin is typing.Literal:
-        if value not in arguments:
+        if not any(type(value) is type(each) and value == each for each in arguments):
             raise _wrong(value, f"one of {', '.join(map(repr, arguments))}", where)
         return value
     if origin is tuple:

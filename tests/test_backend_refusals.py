@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import skipstone
-from skipstone import LayerParallel, Plan, QuantizeKV, Segment, SkipByPrompt, SkipFFNAdaptive, SkipSublayers
+from skipstone import (
+    LayerParallel,
+    Plan,
+    QuantizeKV,
+    QuantizeWeights,
+    Segment,
+    SkipByPrompt,
+    SkipFFNAdaptive,
+    SkipSublayers,
+)
 from skipstone.errors import InvalidPlan, Unsupported, UserError
 from skipstone.ir.capture.exported import source_of
 from tests.backend_cases import Block, Blocks, close, compiled
@@ -109,6 +118,13 @@ def test_what_a_call_does_not_show_is_refused(entry: Any, unseen: str) -> None:
     assert refusal(Unsupported, Blocks(), x(), options={"plan": Plan([entry])}) == (
         f"unsupported: {entry.name} in a torch.compile backend, which does not see {unseen}. "
         "Use skipstone.optimize(model, plan)."
+    )
+
+
+def test_weights_of_few_bits_are_refused() -> None:
+    assert refusal(Unsupported, Blocks(), x(), options={"plan": Plan([QuantizeWeights()])}) == (
+        "unsupported: quantize_weights in a torch.compile backend, whose compiler has no product with such weights. "
+        "Use skipstone.optimize(model, plan) or skipstone.export_onnx(model, directory, plan)."
     )
 
 

@@ -59,6 +59,7 @@ ROOMS: Mapping[str, Room] = {
 
 EXCEPTIONS: Mapping[str, str] = {
     "ir/capture/huggingface.py": "transformers",
+    "passes/quantize_weights.py": "onnxruntime",
     "skipstone/adapters.py": "peft",
     "runtime/generate.py": "transformers",
     "runtime/onnx/runner.py": "tokenizers",

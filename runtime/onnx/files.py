@@ -14,8 +14,9 @@ MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 DECODE_FILE = "decode_{}.onnx"
 """What goes on with prompts that chose so."""
 
-PAGE = 4096
-"""Bytes to whose multiples tensors are aligned in the file, so that it can be mapped."""
+PAGE, LINE = 4096, 64
+"""Bytes to whose multiples tensors are aligned in the file: large ones so that they can be mapped, and small ones."""
+_LARGE = 64 * PAGE
 
 
 class Weights:
@@ -30,17 +31,21 @@ class Weights:
         """Where a contiguous tensor begins in the file."""
         key = tensor.data_ptr(), tensor.nbytes
         if key not in self._offsets:
-            self._offsets[key] = self._size
+            self._offsets[key] = -(-self._size // _alignment(tensor)) * _alignment(tensor)
             self._tensors.append(tensor)
-            self._size += -(-tensor.nbytes // PAGE) * PAGE
+            self._size = self._offsets[key] + tensor.nbytes
         return self._offsets[key]
 
     def write(self, path: Path) -> None:
         """Write the file."""
         with open(path, "wb") as file:
             for tensor in self._tensors:
+                file.write(bytes(-file.tell() % _alignment(tensor)))
                 file.write(tensor.numpy().data)
-                file.write(bytes(-tensor.nbytes % PAGE))
+
+
+def _alignment(tensor: Tensor) -> int:
+    return PAGE if tensor.nbytes >= _LARGE else LINE
 
 
 def write(models: Mapping[str, bytes], weights: Weights, folder: Path) -> None:

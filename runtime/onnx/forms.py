@@ -13,6 +13,7 @@ from skipstone.ir.dialect import (
     CACHED_ATTENTION,
     EXPERTS,
     GATE,
+    MATMUL_NBITS,
     PROMPT_MEAN,
     PROMPT_TURN,
     QUANTIZED_CACHED_ATTENTION,
@@ -61,6 +62,8 @@ class OnnxForms(fx.Interpreter):
         match target:
             case torch.ops.aten.linear.default if args[1].dim() == 2:
                 return _linear(*args, **kwargs)
+            case _ if target == MATMUL_NBITS:
+                return _matmul_nbits(*args, **kwargs)
             case _ if target == ATTENTION:
                 return attention_reference(*args, **kwargs)
             case _ if target == CACHED_ATTENTION and has_group_query_form(*args, **kwargs):
@@ -248,6 +251,24 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         version=1,
     )
     return product if bias is None else product + bias
+
+
+def _matmul_nbits(
+    x: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor, *, bits: int, activations: str = "float32"
+) -> Tensor:
+    """`matmul_nbits` as the operator that it is named after."""
+    columns, _, width = codes.shape
+    attributes: dict[str, Any] = {"K": x.shape[-1], "N": columns, "bits": bits, "block_size": width * 8 // bits}
+    if activations == "int8":
+        attributes["accuracy_level"] = 4  # the least that the operator may compute with; 0 leaves them as they are
+    return torch.onnx.ops.symbolic(
+        f"{MICROSOFT}::MatMulNBits",
+        (x, codes, scales, zero_points),
+        attributes,
+        dtype=x.dtype,
+        shape=(*x.shape[:-1], columns),
+        version=1,
+    )
 
 
 def has_group_query_form(

@@ -22,6 +22,7 @@ from skipstone.ir.dialect import (
     CACHED_ATTENTION,
     EXPERTS,
     GATE,
+    MATMUL_NBITS,
     PROMPT_MEAN,
     PROMPT_TURN,
     SKIP_PREDICATE,
@@ -50,8 +51,11 @@ def lower(program: Program) -> Program:
     Args:
         program: left as it is; the result shares its tensors.
     Raises:
-        Unsupported: an attention that the Triton kernels do not have.
+        Unsupported: an operator that the Triton kernels do not have.
     """
+    for node in program.nodes(MATMUL_NBITS):
+        hint = "Use target='onnxruntime', or leave quantize_weights out of the plan."
+        raise Unsupported("weights of few bits on the triton target", where=module_path(node), hint=hint)
     program = program.copy()
     program.remove_outputs([node for node in _returned(program) if _is_buffer(node)])
     for node in list(program.nodes(*WRITING_OPS)):
