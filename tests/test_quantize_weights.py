@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import skipstone
-from skipstone import LayerParallel, Plan, QuantizeKV, QuantizeWeights, Segment, SkipByPrompt, SkipSublayers
+from skipstone import (
+    LayerParallel,
+    Plan,
+    QuantizeKV,
+    QuantizeWeights,
+    Segment,
+    SkipByPrompt,
+    SkipFFNAdaptive,
+    SkipSublayers,
+)
 from skipstone.budget import Budget, Comparison
 from skipstone.calibrate import Batch
 from skipstone.certify import certify
@@ -41,7 +50,7 @@ from skipstone.runtime.executable import Executable
 from skipstone.runtime.onnx.runner import Runner
 from skipstone.runtime.onnx.session import OnnxSession
 from skipstone.runtime.triton.lower import lower as lower_to_triton
-from tests.export_cases import PADDINGS, Loader, assert_close, batch, original_logits
+from tests.export_cases import PADDINGS, Loader, all_nodes, assert_close, batch, original_logits
 from tests.genai_cases import assert_same_tokens, with_end
 from tests.tiny_models import VOCABULARY, randomize, tokens
 from tests.weight_cases import dequantized, dequantized_model, products
@@ -295,21 +304,32 @@ def test_sets_by_prompt_share_the_weights(program: Program) -> None:
         assert len(shared) == 3 * (LINEAR - left_out) and all(each is own[name] for name, each in shared.items())
 
 
+GATES = SkipFFNAdaptive(threshold=0.3, cold_start=0, cold_end=0, warmup_tokens=1, max_share=1.0)
+
+
 @pytest.mark.slow
 def test_graphs_over_one_file(model: Any, tmp_path: Path) -> None:
-    """Sets by prompt, and layers that run twice, each over a quantized cache."""
-    twice = Plan([LayerParallel((Segment(0, LAYERS, iterations=2),)), QuantizeWeights(), QuantizeKV()])
-    plans = {"sets": replace(BY_PROMPT, entries=[*BY_PROMPT, QuantizeKV()]), "twice": twice}
-    data, sizes = [tokens(4, 16, seed=7)], {}
+    """Sets by prompt, layers that run twice, and FFNs in branches, each over a quantized cache."""
+    plans = {
+        "sets": replace(BY_PROMPT, entries=[*BY_PROMPT, QuantizeKV()]),
+        "twice": Plan([LayerParallel((Segment(0, LAYERS, iterations=2),)), QuantizeWeights(), QuantizeKV()]),
+        "gated": Plan([QuantizeWeights(), GATES, QuantizeKV()]),
+    }
+    data, written, sizes = [tokens(4, 16, seed=7)], {}, []
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (7, 4, 9)]
     for name, plan in plans.items():
         same = skipstone.optimize(model, plan, target="eager", calibration=data, progress=False)
         skipstone.export_onnx(model, tmp_path / name, same.plan, progress=False)
-        prompts = [tokens(1, length, seed=length)[0].tolist() for length in (7, 4, 9)]
         options = {"max_new_tokens": 12, "do_sample": False}
-        expected = [same.generate(torch.tensor([each]), **options)[0, len(each) :].tolist() for each in prompts]
-        assert Runner(tmp_path / name, threads=1).generate(prompts, max_new_tokens=12) == expected
-        sizes[name] = (tmp_path / name / "model.onnx.data").stat().st_size
-    assert sizes["sets"] == pytest.approx(sizes["twice"], rel=0.05)
+        written[name] = [same.generate(torch.tensor([each]), **options)[0, len(each) :].tolist() for each in prompts]
+        assert Runner(tmp_path / name, threads=1).generate(prompts, max_new_tokens=12) == written[name]
+        sizes.append((tmp_path / name / "model.onnx.data").stat().st_size)
+    assert max(sizes) < 1.05 * min(sizes) and len({str(each) for each in written.values()}) == 3
+    graph = onnx.load(tmp_path / "gated" / "model.onnx").graph
+    inside = {node.name for node in all_nodes(graph) if node.op_type == "MatMulNBits"} - {
+        each.name for each in graph.node
+    }
+    assert len(inside) == 3 * (LAYERS - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- the budget
