@@ -59,22 +59,26 @@ def write(parts: Sequence[ProgramSession], batches: Sequence[int], folder: Path)
     Returns:
         what to save of them, as plain data.
     """
-    made: list[dict[str, Any]] = []
+    made: dict[Any, dict[str, Any]] = {}
     for number, session in enumerate(parts):
         assert isinstance(session, TritonSession)
         for name in _graphs(number, len(parts)):
             graph = session.graphs[name]
             for batch in batches:
                 inputs = session.example_inputs(name, batch)
-                place = {"program": number, "graph": name, "fixed_sizes": list(graph.fixed_sizes(inputs))}
-                if any(
-                    place.items() <= each.items() for each in made
-                ):  # of prompts, several batches have the same code
+                sizes = graph.fixed_sizes(inputs)
+                if (number, name, sizes) in made:  # of prompts, several batches have the same code
                     continue
                 file = f"code-{len(made)}.pt2"
                 graph.write_package(inputs, folder / file)
-                made.append({**place, "file": file, "signature": graph.signature()})
-    return {"made_for": machine(parts[0].program.source.device), "packages": made}
+                made[number, name, sizes] = {
+                    "file": file,
+                    "program": number,
+                    "graph": name,
+                    "fixed_sizes": list(sizes),
+                    "signature": graph.signature(),
+                }
+    return {"made_for": machine(parts[0].program.source.device), "packages": list(made.values())}
 
 
 def _graphs(number: int, parts: int) -> tuple[str, ...]:

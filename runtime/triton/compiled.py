@@ -70,14 +70,10 @@ class CompiledGraph:
         """Compile the code for these inputs into a file; see `skipstone.runtime.triton.package`."""
         write_package(self._graph, self._owned(), inputs, self._dynamic(inputs), self._options, path)
 
-    def open_package(self, path: Path, fixed_sizes: tuple[int, ...], device: torch.device, is_captured: bool) -> None:
-        """From now on, use a package that `write_package` wrote for inputs of these `fixed_sizes`. This runs its code.
-
-        Args:
-            device, is_captured: see `Package`.
-        """
+    def open_package(self, path: Path, fixed_sizes: tuple[int, ...], device: torch.device) -> None:
+        """From now on, use a package that `write_package` wrote for inputs of these sizes. This runs its code."""
         dtypes = [each.dtype for each in self._values]
-        self._compiled[fixed_sizes] = Package(path, list(self._owned().values()), dtypes, device, is_captured)
+        self._compiled[fixed_sizes] = Package(path, list(self._owned().values()), dtypes, device)
 
     def _owned(self) -> dict[str, Tensor]:
         """The tensors that the graph reads, by name: a graph that was saved may read them in another order."""

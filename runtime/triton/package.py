@@ -69,20 +69,16 @@ class Package:
         tensors: those of the graph, in the same order; of the same shapes, strides and dtypes.
         dtypes: of the inputs.
         device: of all of them.
-        is_captured: whether calls become part of CUDA graphs. Then it waits for nothing, nor for other threads.
     """
 
     def __init__(
-        self,
-        path: Path,
-        tensors: Sequence[Tensor],
-        dtypes: Sequence[torch.dtype],
-        device: torch.device,
-        is_captured: bool,
+        self, path: Path, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device
     ) -> None:
         index = -1 if device.index is None else device.index
+        # To keep threads apart it would wait for the device, and record events, which CUDA graphs cannot have.
+        single_threaded = device.type == "cuda"
         # Not `aoti_load_package`, which reads whatever else an archive holds, pickled weights among it.
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", is_captured, 1, index)
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", single_threaded, 1, index)
         self._tensors, self._dtypes = list(tensors), tuple(dtypes)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

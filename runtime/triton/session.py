@@ -103,9 +103,7 @@ class TritonSession(ProgramSession):
 
     def open_package(self, graph: str, path: Path, fixed_sizes: tuple[int, ...]) -> None:
         """See `CompiledGraph.open_package`: it runs code that lies in the file."""
-        device = self.program.source.device
-        is_captured = graph == SINGLE and device.type == "cuda"
-        self.graphs[graph].open_package(path, fixed_sizes, device, is_captured)
+        self.graphs[graph].open_package(path, fixed_sizes, self.program.source.device)
 
     def _new_step(self, values: Mapping[str, Tensor], cache: KVCache) -> StaticStep:
         if cache.lengths.is_cuda and not self._steps:
