@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ import onnxruntime
 from onnxruntime import OrtValue
 
 from skipstone.ir.errors import ArtifactError, InvalidInput
+from skipstone.runtime.onnx.memory import large_blocks_apart
 
 MODEL_FILE = "model.onnx"
 _PAST, _PRESENT = "past_key_values.", "present."
+_CACHE_LINE = 64  # bytes
 _TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+
+Step = list[tuple[int, int]]
+"""The sequences that go on, by their place in the batch, and the next token of each."""
 
 
 class Runner:
@@ -45,6 +51,11 @@ class Runner:
         self.steps = [_Graph(self.directory / f"decode_{number}.onnx", threads) for number in own] or [self.prompts]
         self.ends = self._end_tokens()
 
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether caches are buffers with room for all tokens, rather than made anew in every step."""
+        return all(graph.writes_in_place() for graph in {self.prompts, *self.steps})
+
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue prompts, each until its end token.
 
@@ -56,39 +67,67 @@ class Runner:
         Raises:
             InvalidInput: there is nothing to continue, or no token to add.
         """
+        new: list[list[int]] = [[] for _ in prompts]
+        for step in self._steps(prompts, max_new_tokens):
+            for row, token in step:
+                new[row].append(token)
+        return new
+
+    def stream(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+        """The tokens with which `generate` continues one prompt, each as soon as it is known."""
+        for ((_, token),) in self._steps([prompt], max_new_tokens):
+            yield token
+
+    def _steps(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Step]:
+        """The steps of all sequences; those of one choice go on together."""
         if max_new_tokens < 1:
             raise InvalidInput(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise InvalidInput("a prompt is empty.", hint="Give at least one token a sequence.")
         width = max(map(len, prompts))
+        columns = width + max_new_tokens - 1  # the last token is never read
         tokens = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], np.int64)
-        mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
-        results = self.prompts.run(tokens, mask, mask.sum(axis=1), self.prompts.empty_cache(len(prompts)))
+        mask = np.ones((len(prompts), columns), np.int64)
+        for row, prompt in enumerate(prompts):
+            mask[row, : width - len(prompt)] = 0
+        cache = self.prompts.empty_cache(len(prompts), columns if self.in_place else 0)
+        reading = _Binding(self.prompts, cache, self.in_place)
+        reading.bind_prompts(tokens, mask[:, :width])
+        results = reading.run()
+        first = np.from_dlpack(results["logits"])[:, -1].argmax(axis=-1)
         choice = results["choice"].numpy() if "choice" in results else np.zeros(len(prompts), np.int64)
-        new: list[list[int]] = [[] for _ in prompts]
         for number in np.unique(choice):
-            rows = np.flatnonzero(choice == number)
-            parts = results if len(rows) == len(prompts) else _rows(results, rows)
-            for row, written in zip(rows, self._go_on(int(number), parts, mask[rows], max_new_tokens), strict=True):
-                new[row] = written
-        return new
+            rows = np.flatnonzero(choice == number).tolist()
+            cache = reading.cache if len(rows) == len(prompts) else _rows(reading.cache, rows)
+            for step in self._go_on(self.steps[number], cache, mask[rows], width, first[rows]):
+                yield [(rows[place], token) for place, token in step]
 
     def _go_on(
-        self, choice: int, results: dict[str, OrtValue], mask: np.ndarray, max_new_tokens: int
-    ) -> list[list[int]]:
-        """The new tokens of sequences that made one choice, behind what reading their prompts gave."""
-        lengths, graph = mask.sum(axis=1), self.steps[choice]
-        new: list[list[int]] = [[] for _ in mask]
-        running = np.ones(len(mask), bool)
-        while True:
-            chosen = results["logits"].numpy()[:, -1].argmax(axis=-1)
-            for row in np.flatnonzero(running):
-                new[row].append(int(chosen[row]))
-            running &= ~np.isin(chosen, self.ends)
-            if not running.any() or max(map(len, new)) == max_new_tokens:
-                return new
-            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-            results = graph.run(chosen[:, None], mask, lengths, graph.past(results))
+        self, graph: _Graph, cache: Mapping[str, OrtValue], mask: np.ndarray, width: int, first: np.ndarray
+    ) -> Iterator[Step]:
+        """The steps of sequences that one graph continues.
+
+        Args:
+            cache: theirs, behind their prompts.
+            mask: int64 [B, T], of the prompts, in `width` columns, and of all tokens that may be read behind them.
+            first: int64 [B], their first tokens.
+        """
+        logits = np.empty((len(first), 1, graph.vocabulary), np.float32)
+        tokens, lengths = first[:, None], mask[:, :width].sum(axis=1)
+        positions = lengths[:, None].copy()
+        reading = _Binding(graph, {name: cache[name] for name in graph.caches}, self.in_place, logits=logits)
+        reading.bind(input_ids=tokens, position_ids=positions, decode_start=lengths)
+        running: Sequence[int] = range(len(first))
+        for end in range(width + 1, mask.shape[1] + 2):
+            new = tokens[:, 0].tolist()
+            yield [(row, new[row]) for row in running]
+            running = [row for row in running if new[row] not in self.ends]
+            if end > mask.shape[1] or not running:
+                return
+            reading.bind(attention_mask=mask[:, :end])
+            reading.run()
+            logits[:, 0].argmax(axis=-1, out=tokens[:, 0])
+            positions += 1
 
     def continue_text(self, prompt: str, max_new_tokens: int) -> str:
         """The prompt and its continuation, by the tokenizer in the directory.
@@ -115,49 +154,115 @@ class Runner:
 
 
 class _Graph:
-    """One of the models, fed by names."""
+    """One of the models."""
 
     def __init__(self, path: Path, threads: int | None) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        options.add_session_config_entry("session.dynamic_block_base", "4")
+        with large_blocks_apart():
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = [each.name for each in self.session.get_inputs()]
         self.outputs = [each.name for each in self.session.get_outputs()]
         self.caches = {each.name: each for each in self.session.get_inputs() if each.name.startswith(_PAST)}
+        self.vocabulary: int = self.session.get_outputs()[self.outputs.index("logits")].shape[-1]
 
-    def run(
-        self, tokens: np.ndarray, mask: np.ndarray, lengths: np.ndarray, past: dict[str, OrtValue]
-    ) -> dict[str, OrtValue]:
-        """All outputs for new tokens [B, S], the last columns of a mask [B, past + S].
-
-        Args:
-            lengths: int64 [B], tokens of each prompt.
-            past: the cache, by the names of the inputs.
-        """
-        positions = (mask.cumsum(axis=1) - 1).clip(min=0)[:, -tokens.shape[1] :]
-        steps = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "decode_start": lengths}
-        values = {
-            name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-            for name, value in steps.items()
-            if name in self.inputs
-        }
-        return dict(zip(self.outputs, self.session.run_with_ort_values(None, values | past), strict=True))
-
-    def past(self, results: dict[str, OrtValue]) -> dict[str, OrtValue]:
-        """What the last step left in the caches that this graph has."""
-        return {name: results[name.replace(_PAST, _PRESENT)] for name in self.caches}
-
-    def empty_cache(self, batch: int) -> dict[str, OrtValue]:
-        """The cache before the first token."""
+    def empty_cache(self, batch: int, columns: int) -> dict[str, OrtValue]:
+        """A cache with room for so many columns."""
         return {
-            name: OrtValue.ortvalue_from_numpy(np.zeros((batch, each.shape[1], 0, each.shape[3]), _TYPES[each.type]))
+            name: OrtValue.ortvalue_from_numpy(
+                _zeros((batch, each.shape[1], columns, each.shape[3]), _TYPES[each.type])
+            )
             for name, each in self.caches.items()
         }
 
+    def writes_in_place(self) -> bool:
+        """Whether a cache with room comes back as large as it was, its first columns being those of the mask.
 
-def _rows(results: dict[str, OrtValue], rows: np.ndarray) -> dict[str, OrtValue]:
-    """The results of some sequences."""
-    return {name: OrtValue.ortvalue_from_numpy(value.numpy()[rows]) for name, value in results.items()}
+        GroupQueryAttention writes so; what puts new columns behind all that are there makes more of them, or fails.
+        """
+        binding = _Binding(self, self.empty_cache(1, columns=2), in_place=False)
+        binding.bind_prompts(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
+        quiet = onnxruntime.RunOptions()
+        quiet.log_severity_level = 4
+        try:
+            binding.run(quiet)
+        except RuntimeError:  # ONNX Runtime's, that sizes do not fit
+            return False
+        return all(value.shape()[2] == 2 for value in binding.cache.values())
+
+
+class _Binding:
+    """A graph, bound to the cache that it goes on writing.
+
+    Args:
+        cache: by the names of the inputs.
+        in_place: whether the graph writes to the buffers of the cache; otherwise, every run makes new ones.
+        outputs: memory for other outputs; the rest is new memory in every run.
+    Attributes:
+        cache: as the last run left it.
+    """
+
+    def __init__(self, graph: _Graph, cache: dict[str, OrtValue], in_place: bool, **outputs: np.ndarray) -> None:
+        self.graph, self.in_place = graph, in_place
+        self.binding = graph.session.io_binding()
+        self._read(cache)
+        memory = {name: OrtValue.ortvalue_from_numpy(array) for name, array in outputs.items()}
+        if in_place:
+            memory |= {_present(name): value for name, value in cache.items()}
+        self.memory = memory  # ONNX Runtime writes there for as long as it is bound
+        self.new = [name for name in graph.outputs if name not in memory]
+        for name in graph.outputs:  # which is the order of the results
+            if name in memory:
+                self.binding.bind_ortvalue_output(name, memory[name])
+            else:
+                self.binding.bind_output(name)
+
+    def _read(self, cache: dict[str, OrtValue]) -> None:
+        self.cache = cache
+        for name, value in cache.items():
+            self.binding.bind_ortvalue_input(name, value)
+
+    def bind(self, **inputs: np.ndarray) -> None:
+        """Bind those of these inputs that the graph has; contiguous arrays are read where they are."""
+        for name, array in inputs.items():
+            if name in self.graph.inputs:
+                self.binding.bind_cpu_input(name, np.ascontiguousarray(array))
+
+    def bind_prompts(self, tokens: np.ndarray, mask: np.ndarray) -> None:
+        """Bind prompts [B, S] and their mask."""
+        positions = (mask.cumsum(axis=1) - 1).clip(min=0)
+        self.bind(input_ids=tokens, attention_mask=mask, position_ids=positions, decode_start=mask.sum(axis=1))
+
+    def run(self, options: onnxruntime.RunOptions | None = None) -> dict[str, OrtValue]:
+        """The outputs that are new memory."""
+        for name in self.new:  # anew each time: earlier ones stay what they were
+            self.binding.bind_output(name)
+        self.graph.session.run_with_iobinding(self.binding, options)
+        if not self.new:
+            return {}
+        results = dict(zip(self.graph.outputs, self.binding.get_outputs(), strict=True))
+        if not self.in_place:
+            self._read({name: results[_present(name)] for name in self.cache})
+        return {name: results[name] for name in self.new}
+
+
+def _zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros that begin where a cache line does, as numpy's do not; attention reads them faster."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + _CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _present(past: str) -> str:
+    """The output that replaces an input of the cache."""
+    return past.replace(_PAST, _PRESENT)
+
+
+def _rows(cache: Mapping[str, OrtValue], rows: list[int]) -> dict[str, OrtValue]:
+    """The cache of some sequences."""
+    return {name: OrtValue.ortvalue_from_numpy(value.numpy()[rows]) for name, value in cache.items()}
 
 
 def main() -> None:
