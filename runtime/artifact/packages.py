@@ -141,13 +141,14 @@ def open_packages(listed: Mapping[str, Any], store: Store, parts: Sequence[Progr
     Raises:
         ArtifactError: a package is missing, damaged, or not of these programs.
     """
-    for each in listed["packages"]:
-        with reading(path := store.path(each["file"])):
-            session, name = parts[each["program"]], each["graph"]
-            assert isinstance(session, TritonSession)
-            if each["signature"] != session.graphs[name].signature():
-                raise ArtifactError(f"{path} is compiled code of another program.", hint=_HINT)
-            session.open_package(name, path, tuple(each["fixed_sizes"]))
+    with reading(store.directory):
+        for each in listed["packages"]:
+            with reading(path := store.path(each["file"])):
+                session, name = parts[each["program"]], each["graph"]
+                assert isinstance(session, TritonSession)
+                if each["signature"] != session.graphs[name].signature():
+                    raise ArtifactError(f"{path} is compiled code of another program.", hint=_HINT)
+                session.open_package(name, path, tuple(each["fixed_sizes"]))
 
 
 def _text(value: Any) -> str:
