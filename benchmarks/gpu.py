@@ -7,8 +7,9 @@ a model of 32 narrow layers whose middle ones run in sequence or at the same tim
 "kernels_8") and "tuned" ask what our kernel of linear layers, and what Inductor's tuning of the baseline, are worth.
 Weights are random, in bfloat16; decoding is greedy.
 
-A system's time is that of one more token of each sequence in a row of them, with the host's work. "graph" is the
-device's part of it alone, one replay of a CUDA graph. The floor is the time to read weights, keys and values once at
+A system's time is that of one more token of each sequence in a row of them, with the host's work. Our sessions choose
+the tokens by themselves, as in `generate`; "steps" are ours with the logits of each read, and "graph" is the device's
+part of such a step alone, one replay of a CUDA graph. The floor is the time to read weights, keys and values once at
 the bandwidth of a large copy (bytes read and written) that is measured in the same run.
 
 Wrong results have no speed: logits are first compared with those of the same model in float64, or of the same program
@@ -105,7 +106,7 @@ def deep_figures(prefix: str, name: str, samples: Mapping[str, Samples], sizes: 
         return
     yield from against_floor(f"{prefix}_{name}", name, samples, sizes)
     if name in AT_ONCE:
-        for mode in ("", " graph"):
+        for mode in ("", " steps", " graph"):
             base, each = min(samples[other + mode].median for other in SEQUENTIAL), samples[name + mode]
             metric, goal = f"layers_at_once_{name}{mode.replace(' ', '_')}", 2.0 if name.startswith("24") else 1.3
             yield Row(metric, base / each.median, base * 1e3, goal, each.count)
@@ -116,9 +117,10 @@ def against_floor(
 ) -> Iterator[Row]:
     """Steps a second, and shares of the copy bandwidth; baselines are the floor in milliseconds."""
     floor = sizes[name] * samples["copy"].median
-    each, graph = samples[name], samples[f"{name} graph"]
+    each, steps, graph = (samples[f"{name}{kind}"] for kind in ("", " steps", " graph"))
     yield Row(f"{metric}_steps_per_second", 1 / each.median, None, None, each.count)
     yield Row(f"{metric}_of_copy_bandwidth", floor / each.median, floor * 1e3, goal, each.count)
+    yield Row(f"{metric}_steps_of_copy_bandwidth", floor / steps.median, floor * 1e3, None, steps.count)
     yield Row(f"{metric}_graph_of_copy_bandwidth", floor / graph.median, floor * 1e3, None, graph.count)
 
 

@@ -144,6 +144,12 @@ class Ours:
         self.position = self.position + 1
         return logits[:, 0]
 
+    def choose(self, token: Tensor, count: int) -> Tensor:
+        """The best `count` tokens, each behind the one before, as `generate` has the session choose them."""
+        tokens: Tensor = self.session.decode(token, self.position, self.cache, count)
+        self.position = self.position + count
+        return tokens
+
     def least_bytes(self) -> float:
         """Bytes that a step reads: weights once, and keys and values in the middle of a turn."""
         program, config = self.session.program, self.config
@@ -230,16 +236,41 @@ def on_device(name: str, action: Callable[[], Any], times: int, units: float) ->
 
 
 def of_ours(name: str, ours: Ours) -> dict[str, Turn]:
-    """Turns of tokens in a row, and of the captured graph alone, which decodes one and the same token."""
+    """Turns of tokens in a row, of steps whose logits are read, and of a step's graph alone.
+
+    Raises:
+        SystemExit: the session does not choose the tokens that steps have the best logits for.
+    """
     first = torch.zeros(ours.workload.batch, ours.session.program.source.vocabulary, device=DEVICE)
+    token = first.argmax(dim=-1, keepdim=True)
 
     def again() -> Tensor:
         ours.rewind()
+        ours.cache.has_room(NEW_TOKENS)  # otherwise the device is asked in a turn
         return first
 
-    replay = ours.cache.lease.storage.steps[ours.session].replay
-    graph = f"{name} graph"
-    return {name: tokens_in_a_row(name, ours, again), graph: on_device(graph, replay, NEW_TOKENS, NEW_TOKENS)}
+    @torch.no_grad()
+    def chosen() -> dict[str, float]:
+        again()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        ours.choose(token, NEW_TOKENS)
+        torch.cuda.synchronize()
+        return {name: (time.perf_counter() - started) / NEW_TOKENS}
+
+    again()
+    given = ours.choose(token, 8)
+    again()
+    for before, chosen_token in zip(torch.cat([token, given], dim=1).T, given.T, strict=False):
+        if not torch.equal(ours.decode(before.unsqueeze(1)).argmax(dim=-1), chosen_token):
+            raise SystemExit(f"{name}: the session's choice of a token is not that of a step; no speed is measured.")
+    steps, graph = f"{name} steps", f"{name} graph"
+    replay = ours.cache.lease.storage.steps[ours.session].single.replay
+    return {
+        name: chosen,
+        steps: tokens_in_a_row(steps, ours, again),
+        graph: on_device(graph, replay, NEW_TOKENS, NEW_TOKENS),
+    }
 
 
 def prefilling(name: str, prefill: Callable[[], Any]) -> dict[str, Turn]:

@@ -75,46 +75,49 @@ def append_rows(
     token, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.load(start + batch) + token
     valid = tl.num_programs(0) if count is None else tl.load(count + batch)
-    if (token < valid) & (row < capacity):
-        append_row(
-            k_new, v_new, keys, values, k_static, v_static, batch, head, token, row,
-            K_FORM, K_GROUP, K_WIDTH, V_FORM, V_GROUP, V_WIDTH,
-        )  # fmt: skip
+    append_row(
+        k_new, v_new, keys, values, k_static, v_static, batch, head, token, row, (token < valid) & (row < capacity),
+        K_FORM, K_GROUP, K_WIDTH, V_FORM, V_GROUP, V_WIDTH,
+    )  # fmt: skip
 
 
 @triton.jit
 def append_row(
-    k_new, v_new, keys, values, k_static, v_static, batch, head, token, row,
+    k_new, v_new, keys, values, k_static, v_static, batch, head, token, row, present,
     K_FORM: tl.constexpr, K_GROUP: tl.constexpr, K_WIDTH: tl.constexpr,
     V_FORM: tl.constexpr, V_GROUP: tl.constexpr, V_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write key and value of one token of one head to a row of the caches."""
+    """Write key and value of one token of one head to a row of the caches, if it is `present`.
+
+    They are read in any case: that need not wait until it is known which row it is.
+    """
     x = buffer_start(k_new, batch, head) + token * k_new[3]
-    _store_row(x, keys, batch, head, row, k_static, K_FORM, K_GROUP, K_WIDTH)
+    _store_row(x, keys, batch, head, row, present, k_static, K_FORM, K_GROUP, K_WIDTH)
     x = buffer_start(v_new, batch, head) + token * v_new[3]
-    _store_row(x, values, batch, head, row, v_static, V_FORM, V_GROUP, V_WIDTH)
+    _store_row(x, values, batch, head, row, present, v_static, V_FORM, V_GROUP, V_WIDTH)
 
 
 @triton.jit
 def _store_row(
-    x, cache, batch, head, row, static, form: tl.constexpr, group: tl.constexpr, width: tl.constexpr
+    x, cache, batch, head, row, present, static, form: tl.constexpr, group: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
-    """Encode the vector at pointer `x` into the row of a cache."""
+    """Encode the vector at pointer `x` into the row of a cache, if it is `present`."""
     codes = buffer_start(cache[0], batch, head) + row * cache[0][3]
     if form == "full":
         channel = channels(width, 1, 0)
         inside = channel < width
-        tl.store(codes + channel, tl.load(x + channel, mask=inside).to(cache[0][0].dtype.element_ty), mask=inside)
+        values = tl.load(x + channel, mask=inside).to(cache[0][0].dtype.element_ty)
+        tl.store(codes + channel, values, mask=inside & present)
     elif form == "int8_channel":
         channel = channels(width, 1, 0)
         inside = channel < width
         code = _encode_channel(x, static + head * width, channel, inside, -128, 127)
-        tl.store(codes + channel, code.to(tl.int8), mask=inside)
+        tl.store(codes + channel, code.to(tl.int8), mask=inside & present)
     elif form == "int4_channel":
         channel = channels(width, 2, 0)
         even = _encode_channel(x, static + head * width, channel, channel < width, -8, 7) + 8
         odd = _encode_channel(x, static + head * width, channel + 1, channel + 1 < width, -8, 7) + 8
-        _store_pairs(codes, channel, even, odd, width)
+        _store_pairs(codes, channel, even, odd, present, width)
     elif form == "int8_token" or form == "fp8_token":
         channel = channels(width, 1, 0)
         inside = channel < width
@@ -122,12 +125,12 @@ def _store_row(
         high: tl.constexpr = 127.0 if form == "int8_token" else 448.0
         scale = tl.div_rn(tl.max(tl.abs(values), axis=0), high)
         scale = tl.where(_all_finite(values, 0), scale, float("nan"))
-        tl.store(buffer_start(cache[1], batch, head) + row * cache[1][3], scale)
+        tl.store(buffer_start(cache[1], batch, head) + row * cache[1][3], scale, mask=present)
         quotient = divide(values, scale)
         code = encode_integer(quotient, -127.0, 127.0) if form == "int8_token" else encode_e4m3(quotient)
-        tl.store(codes + channel, code.to(codes.dtype.element_ty), mask=inside)
+        tl.store(codes + channel, code.to(codes.dtype.element_ty), mask=inside & present)
     else:
-        _store_groups(x, codes, cache, batch, head, row, static, form, group, width)
+        _store_groups(x, codes, cache, batch, head, row, present, static, form, group, width)
 
 
 @triton.jit
@@ -144,14 +147,14 @@ def _all_finite(values, axis: tl.constexpr):
 
 
 @triton.jit
-def _store_pairs(codes, channel, even, odd, width: tl.constexpr):
+def _store_pairs(codes, channel, even, odd, present, width: tl.constexpr):
     """Write two 4-bit codes to a byte; `channel` is that of the even one."""
-    tl.store(codes + channel // 2, (even | (odd << 4)).to(tl.uint8), mask=channel < width)
+    tl.store(codes + channel // 2, (even | (odd << 4)).to(tl.uint8), mask=(channel < width) & present)
 
 
 @triton.jit
 def _store_groups(
-    x, codes, cache, batch, head, row, static, form: tl.constexpr, group: tl.constexpr, width: tl.constexpr
+    x, codes, cache, batch, head, row, present, static, form: tl.constexpr, group: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
     """`_store_row` for the formats whose groups of channels have scales."""
     groups: tl.constexpr = columns(width, 2) * 2 // group
@@ -173,8 +176,8 @@ def _store_groups(
         scale = tl.div_rn(high - low, 15.0).to(tl.float16)
         stored = is_finite(scale.to(tl.float32)) & is_finite(offset.to(tl.float32))
         scale = tl.where(stored, scale, float("nan"))
-        tl.store(scales, scale, mask=complete)
-        tl.store(buffer_start(cache[2], batch, head) + row * cache[2][3] + number, offset, mask=complete)
+        tl.store(scales, scale, mask=complete & present)
+        tl.store(buffer_start(cache[2], batch, head) + row * cache[2][3] + number, offset, mask=complete & present)
         step, zero = scale.to(tl.float32)[:, None], offset.to(tl.float32)[:, None]
         even = encode_integer(divide(even - zero, step), 0.0, 15.0)
         odd = encode_integer(divide(odd - zero, step), 0.0, 15.0)
@@ -188,10 +191,10 @@ def _store_groups(
         else:
             code = tl.where(finite, encode_mx_exponent(amax), 255)
             step = decode_e8m0(code)
-        tl.store(scales, code.to(tl.uint8), mask=complete)
+        tl.store(scales, code.to(tl.uint8), mask=complete & present)
         even = encode_e2m1(divide(even, step[:, None]))
         odd = encode_e2m1(divide(odd, step[:, None]))
-    _store_pairs(codes, channel, even, odd, width)
+    _store_pairs(codes, channel, even, odd, present, width)
 
 
 @triton.jit

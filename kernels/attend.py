@@ -136,6 +136,17 @@ def exact_rows(
 
 
 @triton.jit
+def first_seen(position, window, KIND: tl.constexpr):
+    """The first key that queries at these positions see."""
+    lowest = position * 0
+    if KIND == "sliding":
+        lowest = tl.maximum(position - window + 1, 0)
+    elif KIND == "chunked":
+        lowest = position // window * window
+    return lowest
+
+
+@triton.jit
 def block_of_queries(
     block, start, count, queries, window, batch, head,
     KIND: tl.constexpr, HEADS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -159,11 +170,7 @@ def block_of_queries(
     first = tl.load(start + batch).to(tl.int32)
     valid = first + (queries if count is None else tl.load(count + batch).to(tl.int32))
     position = first + query
-    lowest = position * 0
-    if KIND == "sliding":
-        lowest = tl.maximum(position - window + 1, 0)
-    elif KIND == "chunked":
-        lowest = position // window * window
+    lowest = first_seen(position, window, KIND)
     begin = tl.min(tl.where(present, lowest, valid), axis=0)
     end = tl.minimum(tl.max(tl.where(present, position + 1, 0), axis=0), valid)
     until = tl.maximum(position + 1 - RESIDUAL, 0)

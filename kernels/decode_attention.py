@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from skipstone.kernels.append import append_row
-from skipstone.kernels.attend import attend, attend_exact, block_of_queries
+from skipstone.kernels.attend import attend, attend_exact, block_of_queries, first_seen
 from skipstone.kernels.call import Call
 from skipstone.kernels.launch import Launch, buffer
 from skipstone.kernels.overlap import begin_early, wait_for_kernels
 from skipstone.kernels.softmax import output_factor, store_rows
-from skipstone.kernels.tiles import pieces
+from skipstone.kernels.tiles import ask_for_rows, pieces
 from skipstone.kernels.tuning import Tile, constants
 
 SHARE = 64
@@ -105,9 +105,18 @@ def attend_share(
     If APPEND, there is one new token, which whoever reads it writes to the cache first.
     """
     begin_early(OVERLAP)
-    wait_for_kernels(OVERLAP)
     split, block = tl.program_id(0) % shares, tl.program_id(0) // shares
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if OVERLAP:
+        # The rows of earlier steps are there. How many they are may not be yet, and is read anew below: not from the
+        # processor's own cache.
+        last = tl.maximum(tl.minimum(tl.load(start + batch, cache_modifier=".cg"), capacity - 1), 0).to(tl.int32)
+        begin = first_seen(last, window, KIND)
+        share = tl.cdiv(tl.cdiv(last + 1 - begin, BLOCK_N), shares) * BLOCK_N
+        row = begin + split * share + tl.arange(0, BLOCK_N)
+        ask_for_rows(keys, batch, head, row, row <= last, K_FORM, K_WIDTH, K_PARTS)
+        ask_for_rows(values, batch, head, row, row <= last, V_FORM, V_WIDTH, V_PARTS)
+    wait_for_kernels(OVERLAP)
     q_head, query, present, position, lowest, until, first, begin, end = block_of_queries(
         block, start, count, queries, window, batch, head, KIND, HEADS, RESIDUAL, BLOCK_M
     )
@@ -116,11 +125,11 @@ def attend_share(
     share_end = tl.minimum(share_begin + share, end)
     place = ((batch * tl.num_programs(1) * HEADS + q_head) * queries + query) * shares + split
     if APPEND:
-        if (first >= share_begin) & (first < tl.minimum(share_end, capacity)):
-            append_row(
-                k_new, v_new, keys, values, k_static, v_static, batch, head, 0, first.to(tl.int64),
-                K_FORM, K_GROUP, K_WIDTH, V_FORM, V_GROUP, V_WIDTH,
-            )  # fmt: skip
+        append_row(
+            k_new, v_new, keys, values, k_static, v_static, batch, head, 0, first.to(tl.int64),
+            (first >= share_begin) & (first < tl.minimum(share_end, capacity)),
+            K_FORM, K_GROUP, K_WIDTH, V_FORM, V_GROUP, V_WIDTH,
+        )  # fmt: skip
         tl.debug_barrier()  # other threads of the program read the row
     if share_begin < share_end:
         q_rows = q[0] + batch * q[1] + q_head * q[2] + query * q[3]

@@ -16,6 +16,9 @@ Buffer = tuple[Tensor, int, int, int]
 REGISTERS = 255
 """As many as a thread can have. Unless told so, ptxas spills some where that makes room for one more program."""
 
+PROCESSOR_REGISTERS = 65536
+"""Of 32 bits, that all threads of a processor of sm_80 and sm_90 share."""
+
 FIRST_TO_OVERLAP = 90
 """The oldest devices on which a kernel can begin while the one before is still running."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.row_linear import MOST_ROWS, check_operands, columns, row_linear
-from skipstone.kernels.launch import FIRST_TO_OVERLAP, Launch
+from skipstone.kernels.launch import FIRST_TO_OVERLAP, PROCESSOR_REGISTERS, REGISTERS, Launch
 from skipstone.kernels.overlap import begin_early, wait_for_kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,22 +30,47 @@ BLOCK = 8
 """Most columns of a program."""
 DEEPEST = 8192
 """Elements of a row that a program multiplies at a time."""
+FEWEST_REGISTERS = 96
+"""Of a thread, for its elements of two weights."""
 REACH = 2**31
 """Elements that a tile may span: within it, offsets have 32 bits."""
 
 
-def tile_of(rows: int, total: int, width: int, processors: int) -> tuple[int, int, int]:
-    """Columns of a program, elements of each row at a time, and warps.
+@dataclass(frozen=True)
+class Tile:
+    """What a program multiplies.
+
+    Attributes:
+        columns: of each weight.
+        depth: elements of each row at a time.
+        warps: threads / 32.
+        registers: that a thread may use.
+    """
+
+    columns: int
+    depth: int
+    warps: int
+    registers: int
+
+
+def tile_of(rows: int, total: int, width: int, is_gated: bool, dtype: torch.dtype, processors: int) -> Tile:
+    """The tile for results of `total` columns, of all lanes together.
 
     A thread has 64 elements of a weight at most, in 16-byte loads that are all under way at once; 32 where the sums of
-    many rows take registers, too. Narrow results have fewer columns a program, so that every processor has two.
+    many rows take registers, too. Narrow results have fewer columns a program, so that every processor has two. Gated
+    ones have two weights, and half the columns. All programs run at a time, if there are registers enough.
     """
     depth = min(triton.next_power_of_2(width), DEEPEST)
-    block = max(2, min(BLOCK, DEEPEST // depth))
-    while block > 1 and triton.cdiv(total, block) < 2 * processors:
-        block //= 2
+    columns = max(2, min(BLOCK // 2 if is_gated else BLOCK, DEEPEST // depth))
+    while columns > 1 and triton.cdiv(total, columns) < 2 * processors:
+        columns //= 2
     elements, most = (64, 4) if rows <= 2 else (32, 8)
-    return block, depth, max(1, min(most, block * depth // (32 * elements)))
+    warps = max(1, min(most, columns * depth // (32 * elements)))
+    if rows > 2 or dtype == torch.float32:
+        return Tile(columns, depth, warps, REGISTERS)
+    at_a_time = triton.cdiv(triton.cdiv(total, columns), processors)
+    registers = PROCESSOR_REGISTERS // (32 * warps * at_a_time) // 8 * 8
+    return Tile(columns, depth, warps, min(registers, REGISTERS) if registers >= FEWEST_REGISTERS else 128)
 
 
 def row_launch(
@@ -90,8 +116,8 @@ def row_launch(
     heads = [*head_sizes] if head_sizes else [0] * len(parts)
     # A program has both columns of a pair that is rotated.
     pairs = [part // 2 if size else part for part, size in zip(parts, heads, strict=True)]
-    block, depth, warps = tile_of(rows, lanes * sum(pairs), width, processors)
-    block = math.gcd(block, *(size // 2 for size in heads))
+    tile = tile_of(rows, lanes * sum(pairs), width, is_gated, x.dtype, processors)
+    block = math.gcd(tile.columns, *(size // 2 for size in heads))
     return Launch(
         multiply_few_rows,
         (sum(triton.cdiv(each, block) for each in pairs), lanes),
@@ -109,10 +135,11 @@ def row_launch(
             "PARTS": tuple(parts), "HEADS": tuple(heads), "LANES": tuple(weight.stride(0) for weight in weights),
             "STRIDES": tuple(weight.stride(1) for weight in weights), "WIDTH": width,
             "SHARED": tuple(each is None or each.shape[0] < lanes for each in (x, gain, residual)),
-            "ROWS": rows, "BLOCK_N": block, "BLOCK_K": depth, "NORM": eps is not None, "ACTIVATION": activation,
+            "ROWS": rows, "BLOCK_N": block, "BLOCK_K": tile.depth, "NORM": eps is not None, "ACTIVATION": activation,
             "GATED": is_gated, "OVERLAP": arch >= FIRST_TO_OVERLAP,
         },
-        warps,
+        tile.warps,
+        registers=tile.registers,
         overlaps=arch >= FIRST_TO_OVERLAP,
     )  # fmt: skip
 
@@ -262,14 +289,19 @@ def _multiply(
         other_shift = _vector(other_bias, lane * COLUMNS + column + half, present)
     factor = _factor(gain, offset, depth, WIDTH, NORM)
     wait_for_kernels(OVERLAP)
-    first = tl.zeros((BLOCK_N,), tl.float32)
-    sums, other_sums = (), ()
+    # What is needed at last is asked for first, and a norm divides the sums: nothing waits twice.
+    added, cosines, sines, other_cosines, other_sines, skipped = (), (), (), (), (), ()
+    for row in tl.static_range(ROWS):
+        added = added + (_vector(residual, row * TOTAL + before + column, present),)
+        angle = row * HEAD + column % HEAD if HEAD > 0 else column
+        cosines, sines = cosines + (_vector(cos, angle, present),), sines + (_vector(sin, angle, present),)
+        other_cosines = other_cosines + (_vector(cos, angle + half, present),)
+        other_sines = other_sines + (_vector(sin, angle + half, present),)
+        skipped = skipped + (False if skip is None else tl.load(skip + row),)
+    zeros = tl.zeros((BLOCK_N,), tl.float32)
+    sums, other_sums, squares = (), (), ()
     for _ in tl.static_range(ROWS):
-        sums, other_sums = sums + (first,), other_sums + (first,)
-    squares = ()
-    if NORM:
-        for row in tl.static_range(ROWS):
-            squares = squares + (_squares(x + row * WIDTH, WIDTH, BLOCK_K),)
+        sums, other_sums, squares = sums + (zeros,), other_sums + (zeros,), squares + (0.0,)
     for start in tl.static_range(0, WIDTH, BLOCK_K):
         if start > 0:
             depth = start + tl.arange(0, BLOCK_K)
@@ -277,11 +309,12 @@ def _multiply(
             if paired:
                 other_tile = _tile(other, depth, present, BLOCK_N, OTHER_STRIDE, WIDTH)
             factor = _factor(gain, offset, depth, WIDTH, NORM)
-        grown, other_grown = (), ()
+        grown, other_grown, squares_grown = (), (), ()
         for row in tl.static_range(ROWS):
             values = tl.load(x + row * WIDTH + depth, depth < WIDTH, 0.0).to(tl.float32)
             if NORM:
-                values = values * tl.rsqrt(squares[row] / WIDTH + eps) * factor
+                squares_grown = squares_grown + (squares[row] + tl.sum(values * values, axis=0),)
+                values = values * factor
             grown = grown + (sums[row] + tl.sum(tile.to(tl.float32) * values[None, :], axis=1),)
             if paired:
                 other_grown = other_grown + (
@@ -290,25 +323,25 @@ def _multiply(
         sums = grown
         if paired:
             other_sums = other_grown
+        if NORM:
+            squares = squares_grown
     for row in tl.static_range(ROWS):
-        result = _activate(sums[row] + shift, ACTIVATION)
+        scale = tl.rsqrt(squares[row] / WIDTH + eps) if NORM else 1.0
+        result = _activate(sums[row] * scale + shift, ACTIVATION)
         place = row * TOTAL + before + column
         if paired:
-            second = other_sums[row] + other_shift
+            second = other_sums[row] * scale + other_shift
             if GATED:
                 result *= second
             else:
-                angle = row * HEAD + column % HEAD
-                turned = second * _vector(cos, angle + half, present) + result * _vector(sin, angle + half, present)
-                result = result * _vector(cos, angle, present) - second * _vector(sin, angle, present)
+                turned = second * other_cosines[row] + result * other_sines[row]
+                result = result * cosines[row] - second * sines[row]
                 if skip is not None:
-                    turned = tl.where(tl.load(skip + row), 0.0, turned)
+                    turned = tl.where(skipped[row], 0.0, turned)
                 tl.store(out + place + half, turned.to(out.dtype.element_ty), mask=present)
         if skip is not None:
-            result = tl.where(tl.load(skip + row), 0.0, result)
-        if residual is not None:
-            result += tl.load(residual + place, present, 0.0).to(tl.float32)
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=present)
+            result = tl.where(skipped[row], 0.0, result)
+        tl.store(out + place, (result + added[row]).to(out.dtype.element_ty), mask=present)
 
 
 @triton.jit
@@ -335,17 +368,6 @@ def _vector(pointer, place, present):
 def _factor(gain, offset, depth, WIDTH: tl.constexpr, NORM: tl.constexpr):
     """The gain of a norm."""
     return 1.0 if gain is None or not NORM else tl.load(gain + depth, depth < WIDTH, 0.0).to(tl.float32) + offset
-
-
-@triton.jit
-def _squares(x, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The sum of the squares of a row."""
-    total = 0.0
-    for start in tl.static_range(0, WIDTH, BLOCK_K):
-        depth = start + tl.arange(0, BLOCK_K)
-        values = tl.load(x + depth, depth < WIDTH, 0.0).to(tl.float32)
-        total += tl.sum(values * values, axis=0)
-    return total
 
 
 @triton.jit

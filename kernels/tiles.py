@@ -26,6 +26,10 @@ from skipstone.kernels.decoding import (
     decode_uint4,
     opaque,
 )
+from skipstone.kernels.overlap import ask_for
+
+LINE = tl.constexpr(128)
+"""Bytes of a line of the caches."""
 
 FORMATS = ("full", "int8_channel", "int8_token", "fp8_token", "int4_channel", "int4_group", "nvfp4", "mxfp4")
 
@@ -77,6 +81,27 @@ def row_pointers(buffer, batch, head, first, rows: tl.constexpr, aligned: tl.con
     # Only where the tile begins takes 64 bits, and that once, not for every thread.
     start = buffer_start(buffer, batch, head) + first * buffer[3]
     return tl.multiple_of(start + tl.arange(0, rows) * buffer[3], aligned)
+
+
+@triton.constexpr_function
+def row_elements(form, width):
+    """Elements of a row of codes: bytes where two channels share one."""
+    return -(-width // 2) if form in ("int4_channel", "int4_group", "nvfp4", "mxfp4") else width
+
+
+@triton.jit
+def ask_for_rows(cache, batch, head, row, present, form: tl.constexpr, width: tl.constexpr, PARTS: tl.constexpr):
+    """`ask_for` the rows [N] of one head of one sequence, and for what stands beside their codes."""
+    for part in tl.static_range(PARTS):
+        _ask_for_rows(cache[part], batch, head, row, present, row_elements(form, width) if part == 0 else 1)
+
+
+@triton.jit
+def _ask_for_rows(buffer, batch, head, row, present, ELEMENTS: tl.constexpr):
+    start = buffer_start(buffer, batch, head) + row.to(tl.int64) * buffer[3]
+    each: tl.constexpr = LINE * 8 // start.dtype.element_ty.primitive_bitwidth
+    for first in tl.static_range(0, ELEMENTS, each):
+        ask_for(start + first, present)
 
 
 @triton.jit

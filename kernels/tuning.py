@@ -13,10 +13,7 @@ import torch
 import triton.language as tl
 
 from skipstone.kernels.call import Call
-from skipstone.kernels.launch import REGISTERS
-
-PROCESSOR_REGISTERS = 65536
-"""Of 32 bits, on sm_80 and sm_90."""
+from skipstone.kernels.launch import PROCESSOR_REGISTERS, REGISTERS
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 

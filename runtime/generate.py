@@ -2,30 +2,36 @@
 
 `CausalLM` is a `transformers.GenerationMixin` that is no `nn.Module`: transformers prepares the configuration, the
 logits processors and the stopping criteria, and runs beams and assisted decoding. Greedy decoding and sampling, with
-whatever processors, criteria and streamer, take the tight loop `generate_tokens` instead of the mixin's own.
+whatever processors, criteria and streamer, take the loops of `skipstone.runtime.decoding` instead of the mixin's own.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Role
 from skipstone.runtime.cache import Cache
+from skipstone.runtime.decoding import generate_greedily, generate_tokens
 from skipstone.runtime.executable import TokenModel, check_names
-from skipstone.runtime.session import Session
+from skipstone.runtime.session import GreedySession, Session
 
 # What transformers hands to every forward and what a program cannot return.
 UNAVAILABLE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits", "labels")
 STEP_INPUTS = ["past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"]
-# What `generate_tokens` knows; with anything else, transformers' own loop runs.
+# What these loops know; with anything else, transformers' own loop runs.
 LOOP_INPUTS = frozenset(STEP_INPUTS)
 
 
@@ -270,8 +276,8 @@ class CausalLM(TokenModel, GenerationMixin):
     def _sample(
         self,
         input_ids: Tensor,
-        logits_processor: Callable[[Tensor, Tensor], Tensor],
-        stopping_criteria: Callable[..., Tensor],
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: Any = None,
@@ -291,7 +297,20 @@ class CausalLM(TokenModel, GenerationMixin):
                 streamer=streamer,
                 **model_kwargs,
             )
-        has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)  # type: ignore[attr-defined]
+        ends = [each.eos_token_id for each in stopping_criteria if isinstance(each, EosTokenCriteria)]  # type: ignore[attr-defined]
+        pad_token = generation_config._pad_token_tensor if ends else None
+        is_plain = all(type(each) in (EosTokenCriteria, MaxLengthCriteria) for each in stopping_criteria)  # type: ignore[attr-defined]
+        is_greedy = not generation_config.do_sample and not logits_processor and streamer is None
+        if is_plain and is_greedy and isinstance(self.session, GreedySession):
+            return generate_greedily(
+                self,
+                input_ids,
+                model_kwargs.get("attention_mask"),
+                positions=model_kwargs.get("position_ids"),
+                max_length=generation_config.max_length,
+                ends=torch.cat([each.reshape(-1) for each in ends]) if ends else None,
+                pad_token=pad_token,
+            )
         return generate_tokens(
             self,
             input_ids,
@@ -300,7 +319,7 @@ class CausalLM(TokenModel, GenerationMixin):
             processor=logits_processor,
             finished=stopping_criteria,
             sample=generation_config.do_sample,
-            pad_token=generation_config._pad_token_tensor if has_end else None,
+            pad_token=pad_token,
             streamer=streamer,
         )
 
@@ -337,103 +356,6 @@ class CausalLM(TokenModel, GenerationMixin):
         known = [port.name for port in self.program.inputs if port.role == Role.TENSOR]
         check_names(named, known, also=["input_ids", *STEP_INPUTS])
         return {name: value.to(self.device) for name, value in named.items()}
-
-
-class Answer:
-    """A bool on a device, on its way to the host; to ask for its value waits for it.
-
-    Attributes:
-        takes_time: whether the device may still be about to compute it.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self.takes_time = value.is_cuda
-        self._value = value
-        if self.takes_time:
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
-
-    def __bool__(self) -> bool:
-        if self.takes_time:
-            self._arrival.synchronize()
-        return bool(self._value)
-
-
-@torch.no_grad()
-def generate_tokens(
-    model: TokenModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    processor: Callable[[Tensor, Tensor], Tensor],
-    finished: Callable[[Tensor, None], Tensor],
-    positions: Tensor | None = None,
-    sample: bool = False,
-    pad_token: Tensor | None = None,
-    streamer: Any = None,
-) -> Tensor:
-    """Decode token by token until every sequence is finished: the common case, without transformers' bookkeeping.
-
-    Tokens, random numbers and what the streamer sees are those of `GenerationMixin._sample`.
-
-    Args:
-        model: a model with a cache.
-        input_ids: int64 [B, S], padded on the left.
-        attention_mask: [B, S], or None when nothing is padded.
-        processor: maps tokens so far [B, T] and float32 scores [B, V] to scores.
-        finished: maps tokens so far [B, T] to bool [B], true where a sequence ends.
-        positions: int64 [B, S] of the prompt; by default valid tokens count from 0.
-        sample: draw from the distribution instead of taking the best token.
-        pad_token: int64 scalar that is written after the end of a sequence; None to go on writing tokens.
-        streamer: receives every new column through `put`, then `end`.
-    Returns:
-        int64 [B, total], the prompt and the new tokens.
-    """
-    tokens, layout = model.prepare(input_ids, attention_mask)
-    batch, width = tokens.shape
-    cache = model.new_cache(batch, width)
-    cache.decode_start = layout.counts
-    last = (layout.counts - 1).unsqueeze(1)
-    position = layout.counts.unsqueeze(1) + model.program.source.first_position
-    if positions is not None:
-        positions = layout.to_front(positions.expand(batch, width).to(model.device))
-        position = positions.gather(1, last) + 1
-    logits = model.advance(tokens, layout, last, positions=positions, cache=cache)
-    length = int(layout.counts.max())  # of the longest sequence; kept here, the device need not be asked at each step
-    only_row = torch.zeros_like(last)
-    one_each = torch.ones_like(cache.lengths)
-    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    while True:
-        # A copy: processors may write to the scores, and the session may reuse its buffer.
-        scores = processor(input_ids, logits[:, 0].to(input_ids.device, torch.float32, copy=True))
-        if sample:
-            chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            chosen = scores.argmax(dim=-1)
-        written = chosen if pad_token is None else torch.where(running, chosen, pad_token)
-        input_ids = torch.cat([input_ids, written.unsqueeze(1)], dim=1)
-        running = running & ~finished(input_ids, None)
-        goes_on = Answer(running.any())
-        if streamer is not None:
-            streamer.put(written.cpu())
-        # A device would stand still until the host knows whether to go on: it begins the next step before, which is
-        # one too many at the end. Where a step needs more room, it is known first.
-        begins_early = goes_on.takes_time and length < cache.capacity
-        if not begins_early and not goes_on:
-            break
-        length += 1
-        model.check_length(length)
-        model.reserve(cache, length)
-        # Finished rows go on with their own token, since the pad token need not be one that the model knows.
-        logits = model.session.step(chosen.unsqueeze(1).to(model.device), position, one_each, only_row, cache)
-        cache.advance(one_each)
-        position = position + 1
-        if begins_early and not goes_on:
-            break
-    if streamer is not None:
-        streamer.end()
-    return input_ids
 
 
 def _new_columns(mask: Tensor | None, input_ids: Tensor, cache: GenerationCache) -> Tensor | None:

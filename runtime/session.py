@@ -69,6 +69,26 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class GreedySession(Protocol):
+    """A session that chooses the best tokens by itself, without the host between them."""
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: Any, count: int) -> Tensor:
+        """Decode greedily; of equally good tokens, it is the first.
+
+        Args:
+            tokens: int64 [B, 1], the last of each sequence, which are not in the cache yet.
+            positions: int64 [B, 1], theirs.
+            cache: from `new_cache`, of B sequences, with room for `count` more tokens in each, which are counted in.
+            count: how many tokens.
+        Returns:
+            int64 [B, count]. The last of them is not in the cache yet.
+        Raises:
+            InvalidInput: the cache has another batch or layout, or no room.
+        """
+        ...
+
+
 class ProgramSession(ABC):
     """What sessions of one program have in common; see `Session`."""
 
@@ -92,7 +112,7 @@ class ProgramSession(ABC):
         self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: Any, *roles: Role
     ) -> tuple[Tensor, ...]:
         """`step`, for the outputs of these roles."""
-        check_cache(self.layout, tokens, cache)
+        check_cache(self.layout, tokens, cache, tokens.shape[1])
         values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
         names = [next(port.name for port in self.program.outputs if port.role == role) for role in roles]
         outputs = self.step_outputs(values, cache, names)
@@ -150,8 +170,8 @@ def written_buffers(program: Program) -> dict[str, str]:
     return {port.name: names[port.role, port.slot, port.part] for port in program.outputs if port.slot is not None}
 
 
-def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any) -> None:
-    """Refuse a step that would write outside the cache.
+def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any, rows: int) -> None:
+    """Refuse steps from these tokens [B, S] on that would write `rows` rows a sequence, if some are outside the cache.
 
     Raises:
         InvalidInput: the cache has another batch or layout, or no room for the tokens.
@@ -160,6 +180,6 @@ def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any) -> 
         raise InvalidInput("the cache was made for another program.", hint="Use the cache that prefill() returned.")
     if cache.batch != tokens.shape[0]:
         raise InvalidInput(f"tokens of {tokens.shape[0]} sequences for a cache of {cache.batch}.")
-    if not cache.has_room(tokens.shape[1]):
-        needed = int(cache.lengths.max()) + tokens.shape[1]
+    if not cache.has_room(rows):
+        needed = int(cache.lengths.max()) + rows
         raise InvalidInput(f"{needed} rows in a cache with room for {cache.capacity}.", hint="Call cache.grow().")

@@ -28,9 +28,12 @@ from skipstone.ir.capture.module import capture_module
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.passes.base import Pipeline
 from skipstone.passes.kv_cache import InsertKVCache
+from skipstone.runtime.cache import KVCache
+from skipstone.runtime.decoding import Answer, generate_greedily, generate_tokens
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable, Layout
-from skipstone.runtime.generate import Answer, CausalLM, generate_tokens
+from skipstone.runtime.generate import CausalLM
+from skipstone.runtime.session import GreedySession
 
 VOCABULARY, POSITIONS, PAD, EOS = 64, 96, 0, 1
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
@@ -113,18 +116,38 @@ class Late(Answer):
         return bool(self._value)
 
 
-@pytest.fixture(params=["loop", "early", "mixin"])
+def decode(session: EagerSession, tokens: Tensor, positions: Tensor, cache: KVCache, count: int) -> Tensor:
+    """What a `GreedySession` does, step by step."""
+    assert cache.has_room(count)
+    one, row, chosen = torch.ones_like(cache.lengths), torch.zeros_like(tokens), []
+    for number in range(count):
+        logits = session.step(tokens, positions + number, one, row, cache)
+        cache.advance(one)
+        chosen.append(tokens := logits[:, 0].argmax(dim=-1, keepdim=True))
+    return torch.cat(chosen, dim=1)
+
+
+@pytest.fixture(params=["loop", "early", "greedy", "early greedy", "mixin"])
 def path(request, monkeypatch) -> Iterator[str]:
-    """Run the test through our loop, also as on a device, and through transformers' own."""
+    """Run the test through our loops, also as on a device, and through transformers' own."""
     calls = []
 
     def counted(*args, **options):
         calls.append(1)
         return generate_tokens(*args, **options)
 
+    def counted_greedily(*args, **options):
+        calls.append(1)
+        return generate_greedily(*args, **options)
+
     monkeypatch.setattr("skipstone.runtime.generate.generate_tokens", counted)
-    if request.param == "early":
-        monkeypatch.setattr("skipstone.runtime.generate.Answer", Late)
+    monkeypatch.setattr("skipstone.runtime.generate.generate_greedily", counted_greedily)
+    monkeypatch.setattr("skipstone.runtime.decoding.AHEAD", 5)
+    if "early" in request.param:
+        monkeypatch.setattr("skipstone.runtime.decoding.Answer", Late)
+    if "greedy" in request.param:
+        monkeypatch.setattr(EagerSession, "decode", decode, raising=False)
+        assert isinstance(executable().session, GreedySession)
     if request.param == "mixin":  # no argument of a step is one that the loop would know
         monkeypatch.setattr("skipstone.runtime.generate.LOOP_INPUTS", frozenset())
     yield request.param
@@ -273,7 +296,7 @@ def test_the_streamer_sees_the_same_tokens(path):
 
 
 def test_steps_on_a_device_begin_before_the_answer_where_there_is_room(monkeypatch):
-    monkeypatch.setattr("skipstone.runtime.generate.Answer", Late)
+    monkeypatch.setattr("skipstone.runtime.decoding.Answer", Late)
     model, seen, steps = executable(), set(), []
     monkeypatch.setattr(model, "new_cache", lambda batch, width: model.session.new_cache(batch, width + 4))
     step = model.session.step

@@ -293,6 +293,41 @@ def test_steps_are_made_once_for_each_set_of_buffers(monkeypatch: pytest.MonkeyP
     assert len(made) <= 3, "beams move between the same buffers"
 
 
+def tokens_one_by_one(ours: Any, tokens: Tensor, filled: KVCache, count: int) -> Tensor:
+    """What `decode` of the session gives, by steps whose logits are read."""
+    chosen = []
+    for _ in range(count):
+        tokens = ours.decode(tokens, filled)[:, -1].argmax(dim=-1, keepdim=True)
+        chosen.append(tokens)
+    return torch.cat(chosen, dim=1)
+
+
+def assert_decodes(ours: Any, batch: int, counts: tuple[int, ...]) -> None:
+    """The session's own choice of tokens is that of steps, a second time too, and mixes with steps."""
+    ids, mask = (each.to(ours.device) for each in prompt(batch, 9))
+    _, mine = ours.prefill(ids, mask)
+    _, other = ours.prefill(ids, mask)
+    tokens = ids[:, -1:]
+    for count in counts:
+        given = ours.session.decode(tokens, mine.lengths.unsqueeze(1), mine, count)
+        assert torch.equal(given, tokens_one_by_one(ours, tokens, other, count))
+        assert torch.equal(mine.lengths, other.lengths)
+        tokens = given[:, -1:]
+        assert torch.equal(ours.decode(tokens, mine), ours.decode(tokens, other))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.usefixtures("uncompiled")
+def test_a_session_chooses_the_tokens_that_steps_would(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipstone.runtime.triton.session.MOST", 4)
+    ours, _ = both(rewritten("llama", plan))
+    for batch in (1, 2):
+        assert_decodes(ours, batch, (1, 4, 6))
+    _, full = ours.prefill(models.tokens(1, 9))
+    with pytest.raises(InvalidInput, match="309 rows in a cache"):
+        ours.session.decode(models.tokens(1, 1), full.lengths.unsqueeze(1), full, 300)
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_a_cache_that_grows_or_is_loaded_goes_on(tmp_path: Any) -> None:
     ours, eager = both(rewritten("llama"))
@@ -420,6 +455,15 @@ def test_a_decode_step_never_waits_for_the_device(plan: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert logits.isfinite().all() and filled.lengths.tolist() == [11, 11]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", GPU_PLANS)
+def test_graphs_choose_the_tokens_that_steps_would(plan: str) -> None:
+    """Bit for bit: they are the same kernels."""
+    ours, _ = on_device(plan, torch.float32)
+    for batch in (1, 2):
+        assert_decodes(ours, batch, (1, 3, 70))
 
 
 @pytest.mark.gpu

@@ -38,7 +38,7 @@ from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.quantized import quantized_cached_attention_
 from skipstone.runtime.triton.experts import gathered_experts
-from skipstone.runtime.triton.rows import gather_products, linear, matmul
+from skipstone.runtime.triton.rows import gather, gather_products, linear, matmul
 
 aten = torch.ops.aten
 
@@ -78,6 +78,8 @@ def decode_graph(program: Program) -> fx.Graph:
             node.target = linear
         elif node.target is aten.matmul.default:
             node.target = matmul
+        elif node.target is aten.gather.default:
+            node.target = gather
     return graph
 
 

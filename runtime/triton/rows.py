@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def gather_products(graph: fx.Graph) -> None:
     _hoist_constants(graph)
     for layers in by_operand.values():
         x = layers[0].x
-        norm = rms_norm(x)
+        norm = _norm(graph, x)
         if norm is not None and (norm.x.meta["val"].dtype != x.meta["val"].dtype or _gain(norm) is None):
             norm = None
         products = _products(layers)
@@ -214,11 +214,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(x: Tensor, factor: Tensor) -> Tensor:
-    """A product; of a stack of single rows and one of matrices, [N, 1, D] and [N, D, F], a sum like `linear`."""
+    """A product; of a stack of single rows and one of matrices, [N, 1, D] and [N, D, F], a sum like `linear`.
+
+    Of columns and rows it is no sum: the angles of a rotary embedding are frequencies times positions.
+    """
+    if x.dim() >= 2 and factor.dim() >= 2 and x.shape[-1] == 1:
+        return x * factor
     if x.dim() == factor.dim() == 3 and x.shape[1] == 1:
         exact = torch.promote_types(x.dtype, torch.float32)
         return (x.to(exact) * factor.mT.to(exact)).sum(dim=-1).to(x.dtype).unsqueeze(1)
     return torch.matmul(x, factor)
+
+
+def gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """`torch.gather`; of a single element of each, that is all of them."""
+    return x if x.shape[dim] == 1 and x.shape == index.shape else torch.gather(x, dim, index)
+
+
+def _norm(graph: fx.Graph, x: fx.Node) -> RMSNorm | None:
+    """The norm whose result a value is, or whose results it holds some rows of: then of those rows."""
+    if target_of(x) is not aten.gather.default or target_of(x.args[2]) is not aten.expand.default:
+        return rms_norm(x)
+    source, axis, index = x.args
+    norm = rms_norm(source)  # type: ignore[arg-type]
+    chosen: Any = index.args[0]  # type: ignore[union-attr]
+    are_rows = axis == 1 and x.meta["val"].ndim == 3 and is_shape(chosen, (*_shape(x)[:2], 1))
+    if norm is None or not are_rows or not _fits(norm.x, x):
+        return None
+    with graph.inserting_before(x):
+        rows = graph.call_function(aten.gather.default, (norm.x, axis, index))
+    rows.meta = {"val": x.meta["val"]}
+    return replace(norm, x=rows)
 
 
 def _layer(node: fx.Node) -> Layer | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from skipstone.ir.program import Program, Role
 from skipstone.runtime.cache import KVCache
-from skipstone.runtime.session import ProgramSession, cache_layout, step_inputs, written_buffers
+from skipstone.runtime.session import ProgramSession, cache_layout, check_cache, step_inputs, written_buffers
 from skipstone.runtime.triton.cache import Pool
 from skipstone.runtime.triton.compiled import CompiledGraph
+from skipstone.runtime.triton.greedy import MOST, GreedySteps
 from skipstone.runtime.triton.lower import check_kernels, decode_graph, lower
 from skipstone.runtime.triton.steps import StaticStep
 
@@ -30,6 +32,14 @@ EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 32, 256
 
 TUNED: Mapping[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
 """Options of Inductor that choose among kernels by their times; it keeps its choices on disk."""
+
+
+@dataclass(eq=False)
+class Steps:
+    """The decode steps of a session over the buffers of a cache, as far as they were asked for."""
+
+    single: StaticStep | None = None
+    greedy: GreedySteps | None = None
 
 
 class TritonSession(ProgramSession):
@@ -56,7 +66,7 @@ class TritonSession(ProgramSession):
         if program.source.device.type == "cuda":
             check_kernels(lowered)
         self._memory: Any = None
-        self._steps: weakref.WeakSet[StaticStep] = weakref.WeakSet()
+        self._steps: weakref.WeakSet[Steps] = weakref.WeakSet()
         self._outputs = [port.name for port in lowered.outputs]
         self._columns = [port.name for port in program.inputs if port.role in (Role.TOKENS, Role.LOGIT_ROWS)]
         tensors = lowered.tensors()
@@ -79,14 +89,36 @@ class TritonSession(ProgramSession):
     def step_outputs(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> tuple[Tensor, ...]:
         """See `ProgramSession.step_outputs`."""
         if all(values[name].shape[1] == 1 for name in self._columns):
-            storage = self._pool.settle(cache)
-            if self not in storage.steps:
-                storage.steps[self] = self._new_step(values, cache)
-            results = storage.steps[self](values)
+            steps = self._steps_over(cache)
+            if steps.single is None:
+                steps.single = StaticStep(self._run_single, values, cache.buffers, self._memory)
+            results = steps.single(values)
         else:
             results = self._run(self._whole, {**values, **cache.buffers})
         by_name = dict(zip(self._outputs, results, strict=True))
         return tuple(by_name[name] for name in names)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, count: int) -> Tensor:
+        """See `GreedySession.decode`."""
+        check_cache(self.layout, tokens, cache, count)
+        one, row = torch.ones_like(cache.lengths), torch.zeros_like(tokens)
+        parts = []
+        for begin in range(0, count, MOST):
+            values = step_inputs(self.program, tokens, positions + begin, one, row, cache)
+            steps = self._steps_over(cache)
+            if steps.greedy is None:
+                logits = next(place for place, port in enumerate(self.program.outputs) if port.role == Role.LOGITS)
+                name = self.program.outputs[logits].name
+                steps.greedy = GreedySteps(
+                    self.program, self._run_single, self._outputs.index(name), values, cache.buffers, self._memory
+                )
+            part = min(count - begin, MOST)
+            parts.append(steps.greedy(values, part))
+            tokens = parts[-1][:, -1:]
+            cache.stepped = part
+            cache.advance(one * part)
+        return torch.cat(parts, dim=1)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """See `Session.new_cache`."""
@@ -105,13 +137,19 @@ class TritonSession(ProgramSession):
         """See `CompiledGraph.open_package`: it runs code that lies in the file."""
         self.graphs[graph].open_package(path, fixed_sizes, self.program.source.device)
 
-    def _new_step(self, values: Mapping[str, Tensor], cache: KVCache) -> StaticStep:
-        if cache.lengths.is_cuda and not self._steps:
-            # The graphs share their memory, which ends with the last of them and cannot be used again then.
-            self._memory = torch.cuda.graph_pool_handle()
-        step = StaticStep(lambda everything: self._run(self._single, everything), values, cache.buffers, self._memory)
-        self._steps.add(step)
-        return step
+    def _steps_over(self, cache: KVCache) -> Steps:
+        """The steps of this session over the buffers of a cache."""
+        storage = self._pool.settle(cache)
+        if self not in storage.steps:
+            if cache.lengths.is_cuda and not self._steps:
+                # The graphs share their memory, which ends with the last of them and cannot be used again then.
+                self._memory = torch.cuda.graph_pool_handle()
+            storage.steps[self] = Steps()
+            self._steps.add(storage.steps[self])
+        return storage.steps[self]  # type: ignore[no-any-return]
+
+    def _run_single(self, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return self._run(self._single, values)
 
     def _run(self, graph: CompiledGraph, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return graph([values[port.name] for port in self.program.inputs])
