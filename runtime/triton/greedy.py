@@ -19,6 +19,9 @@ from skipstone.runtime.triton.steps import StaticStep, Step
 MOST = 64
 """Tokens that are decoded before their results are copied."""
 
+COMPILED_ON = ("cuda",)
+"""Devices where the choice of tokens is compiled: few kernels are worth it where they are part of a graph."""
+
 _COUNTED = (Role.POSITIONS, Role.START)
 """Inputs that are one more at each step."""
 
@@ -54,8 +57,15 @@ class GreedySteps:
         def run(everything: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             nonlocal take
             results = step(everything)
-            taken = (results[logits], self._chosen, self._number, everything[tokens], *map(everything.get, counted))
-            take = take or _compiled(taken)
+            taken = (
+                results[logits],
+                self._chosen,
+                self._number,
+                everything[tokens],
+                *map(everything.__getitem__, counted),
+            )
+            if take is None:
+                take = _compiled(taken) if taken[0].device.type in COMPILED_ON else _take
             take(*taken)
             return results
 
@@ -80,9 +90,7 @@ def _take(logits: Tensor, chosen: Tensor, number: Tensor, tokens: Tensor, *count
 
 
 def _compiled(given: Sequence[Any]) -> Callable[..., Any]:
-    """`_take` for these tensors, on a device as few kernels."""
-    if not given[0].is_cuda:
-        return _take
+    """`_take` for these tensors, as few kernels."""
     # A module of its own: Dynamo counts what it compiles by the code.
     module = make_fx(_take, tracing_mode="fake")(*given)
     return torch.compile(module, fullgraph=True, dynamic=False)
