@@ -17,7 +17,6 @@ import onnxruntime
 from onnxruntime import OrtValue
 
 from skipstone.ir.errors import ArtifactError, InvalidInput
-from skipstone.runtime.onnx.memory import large_blocks_apart
 
 MODEL_FILE = "model.onnx"
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -159,9 +158,7 @@ class _Graph:
     def __init__(self, path: Path, threads: int | None) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        options.add_session_config_entry("session.dynamic_block_base", "4")
-        with large_blocks_apart():
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = [each.name for each in self.session.get_inputs()]
         self.outputs = [each.name for each in self.session.get_outputs()]
         self.caches = {each.name: each for each in self.session.get_inputs() if each.name.startswith(_PAST)}
