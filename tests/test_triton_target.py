@@ -225,6 +225,15 @@ def test_the_choice_of_tokens_is_compiled_once_for_each_set_of_buffers(
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("vocabulary", [1, 99, 1024, 1025, 5000])
+def test_the_first_of_the_best_tokens_is_chosen(vocabulary: int) -> None:
+    logits = torch.randint(4, (6, vocabulary)).to(torch.bfloat16)  # many are equal
+    logits[0] = float("-inf")
+    logits[1, vocabulary // 2] = float("nan")
+    logits[2, -1] = 9
+    assert torch.equal(greedy.best_of(logits), logits.argmax(dim=-1, keepdim=True))
+
+
 def test_buffers_stay_where_they_are(inductor: Any) -> None:
     ours, _ = inductor
     _, filled = ours.prefill(*prompt(2, 5))

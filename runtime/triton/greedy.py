@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,6 +19,9 @@ from skipstone.runtime.triton.steps import StaticStep, Step
 
 MOST = 64
 """Tokens that are decoded before their results are copied."""
+
+PART = 1024
+"""Logits that one program chooses from."""
 
 COMPILED_ON = ("cuda",)
 """Devices where the choice of tokens is compiled: few kernels are worth it where they are part of a graph."""
@@ -80,9 +84,20 @@ class GreedySteps:
         return self._chosen[:, :count].clone()
 
 
+def best_of(logits: Tensor) -> Tensor:
+    """The first of the best tokens [B, 1] by logits [B, V]: of parts, then of their best.
+
+    Inductor gives a whole row to one program: choosing one of 151936 so made a step 0.05 ms longer on an H200.
+    """
+    padded = F.pad(logits, (0, -logits.shape[-1] % PART), value=float("-inf"))
+    peaks, places = padded.unflatten(-1, (-1, PART)).max(dim=-1)
+    part = peaks.argmax(dim=-1, keepdim=True)
+    return part * PART + places.gather(1, part)
+
+
 def _take(logits: Tensor, chosen: Tensor, number: Tensor, tokens: Tensor, *counted: Tensor) -> None:
     """Write the best tokens to the inputs of the next step and to column `number` of the `chosen`, and count."""
-    best = logits[:, 0].argmax(dim=-1, keepdim=True)
+    best = best_of(logits[:, 0])
     tokens.copy_(best)
     chosen.index_copy_(1, number, best)
     for each in (number, *counted):
