@@ -55,7 +55,8 @@ def decode_tile(call: Call) -> Tile:
     """The tile of `decode_attention`."""
     rows = call.group * call.queries
     if rows > 16:
-        return FLOAT32 if call.q.dtype == torch.float32 else Tile(32, 32, 8, 3, programs=1)
+        keys = 16 if widest(call) > 128 else 32
+        return FLOAT32 if call.q.dtype == torch.float32 else Tile(32, keys, 8, 3, programs=1)
     rows = 8 if rows <= 8 else 16
     if call.q.dtype == torch.float32:
         return Tile(rows, 32, 8, 2, keys_first=True, programs=1)
@@ -80,7 +81,8 @@ def prefill_tile(call: Call) -> Tile:
     if call.arch >= 90 and not any(call.exact):
         # The tensor cores of sm_90 have an instruction for 64 rows. Keys in full precision come with a loop and with
         # registers of their own, and leave none for it.
-        return Tile(64, 32, 4, 2)
+        grouped = any(form.startswith("int4_group") for form in (call.k_format, call.v_format))
+        return Tile(64, 32, 4, 3 if grouped else 2)
     return Tile(32, 32, 4, 3)
 
 
