@@ -176,8 +176,10 @@ class LinearParts:
             return _exact(self.program.tensor(str(node.target)).detach())
         if node.op == "placeholder":
             raise Unsupported(f"a constant that depends on the input {node.name}")
-        if node.target in NORMS or (node.target in CASTS and node.meta["val"].is_floating_point()):
+        if node.target in NORMS:
             return _exact(value(node.args[0]))  # type: ignore[arg-type]
+        if node.target in CASTS and node.meta["val"].is_floating_point():
+            return value(node.args[0]).double()  # type: ignore[arg-type]
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         return _exact(node.target(*args, **kwargs))  # type: ignore[operator]
 

@@ -21,6 +21,7 @@ from skipstone.runtime.onnx.runner import Runner
 from tests.backend_cases import close, compiled
 from tests.backend_cases import uncompiled as uncompiled
 from tests.export_cases import PADDINGS, PROMPT, Loader, all_nodes, assert_close, batch
+from tests.versions import skip_without_group_query_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +61,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 @pytest.fixture(scope="module")
 def built(model: LlamaForCausalLM) -> Iterator[dict[str, Any]]:
     """The plan on both targets; the second one reapplies what the first calibrated."""
+    skip_without_group_query_attention()  # the cache is quantized
     ours = optimize(model, PLAN, target="onnxruntime", calibration=[tokens(4, 48)], progress=False)
     yield {"onnxruntime": ours, "eager": optimize(model, ours.plan, target="eager", progress=False)}
 

@@ -29,6 +29,7 @@ from tests import test_skip_by_prompt as by_prompt
 from tests.export_cases import PADDINGS, PROMPT, Loader, assert_close, batch, original_logits
 from tests.genai_cases import assert_same_tokens, generated, with_end
 from tests.tiny_models import randomize, tiny_model, tokens
+from tests.versions import needs_group_query_attention
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -79,6 +80,7 @@ def test_genai_with_and_without_the_attention_of_the_first_and_the_last_layer(ge
     assert_same_tokens(genai, skipping, export(model, tmp_path / "skipping", plan, format="genai"))
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_genai_with_quantized_caches(genai, form, tmp_path) -> None:
     model, data = with_end(tiny_model("llama")), [tokens(4, 16, seed=7)]
@@ -112,6 +114,7 @@ def test_genai_with_caches_that_grow(genai, narrow) -> None:
     assert_same_tokens(genai, model, directory)
 
 
+@needs_group_query_attention
 def test_genai_has_one_shape_of_caches(tmp_path) -> None:
     mixed, data = skipstone.QuantizeKV(layers=(1,)), [tokens(2, 12)]
     with pytest.raises(Unsupported, match=r"caches of different shapes .*float32.*int8"):

@@ -41,6 +41,7 @@ from tests.newton_oracles import (
     whole,
     within,
 )
+from tests.versions import needs_group_query_attention
 
 aten = torch.ops.aten
 
@@ -310,6 +311,7 @@ def test_stepwise_equals_one_shot(iterations: int, ids: Tensor) -> None:
         assert_close(model.decode(ids[:, step : step + 1], cache)[:, -1], wanted[:, step], FLOAT64)
 
 
+@needs_group_query_attention
 @pytest.mark.slow
 def test_onnx_runtime_computes_the_same_over_quantized_caches(ids: Tensor) -> None:
     entries = [LayerParallel((Segment(0, 3),)), FuseParallel()]

@@ -38,6 +38,7 @@ from skipstone.runtime.triton.lower import TWIN, lower
 from skipstone.runtime.triton.session import TritonSession
 from tests import models
 from tests.newton_oracles import assert_close
+from tests.versions import needs_group_query_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -296,15 +297,27 @@ def test_plans_say_which_policy(tmp_path: Path) -> None:
 # Targets
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize("kv", [pytest.param("last", marks=pytest.mark.slow), "final"])
 def test_onnx_runtime_writes_one_buffer_several_times(kv: str) -> None:
     """Also where one query of one sequence reads its window alone, which has a form of its own."""
-    own = program(Segment(1, 5, 2), kv, kv == "final", torch.float32)
-    eager, model = Executable(EagerSession(own)), Executable(OnnxSession(own, 1))
-    written = Counter(model.session.lowered.written.values())  # type: ignore[attr-defined]
+    written = written_by_onnx_runtime(kv)
     assert {name: number for name, number in written.items() if number > 1} == {
         f"{which}_{slot}": 2 + (kv == "final" and slot == 3) for which in ("key", "value") for slot in SHARED[kv]
     }
+
+
+@pytest.mark.parametrize("kv", ["last", "final"])
+def test_attention_in_plain_operators_reads_before_the_next_write(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipstone.runtime.onnx.forms.takes_counts", lambda: False)
+    assert set(written_by_onnx_runtime(kv).values()) == {1}
+
+
+def written_by_onnx_runtime(kv: str) -> Counter[str]:
+    """How often each buffer is written, where steps of several tokens and of one are those of the interpreter."""
+    own = program(Segment(1, 5, 2), kv, kv == "final", torch.float32)
+    eager, model = Executable(EagerSession(own)), Executable(OnnxSession(own, 1))
+    written = Counter(model.session.lowered.written.values())  # type: ignore[attr-defined]
     for ids in (tokens(), models.tokens(1, 24, seed=6)):
         sizes = [*CHUNKS, *[1] * (ids.shape[1] - LENGTH)]
         mine, other = (each.new_cache(*ids.shape) for each in (model, eager))
@@ -316,6 +329,7 @@ def test_onnx_runtime_writes_one_buffer_several_times(kv: str) -> None:
             rows = slice(ids.shape[1])
             assert_close(mine.buffers[name][:, :, rows], buffer[:, :, rows], 1e-5)
         assert_close(model(input_ids=ids).logits, eager(input_ids=ids).logits, 1e-5)
+    return written
 
 
 @pytest.mark.parametrize("kv", ["last", "final"])

@@ -17,6 +17,7 @@ from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.runtime.onnx.lower import lower
 from skipstone.runtime.onnx.operators import gather_operators, rotary
 from tests import models
+from tests.versions import needs_group_query_attention
 
 RMS_NORM = torch.ops.aten.rms_norm.default
 FOUND = {  # norms and rotations of three layers
@@ -63,6 +64,7 @@ def test_only_a_rotation_is_one(join: str, order: str, count: int) -> None:
     assert len(list(gather_operators(program).nodes(rotary))) == count
 
 
+@needs_group_query_attention
 def test_heads_are_not_moved_between_projection_and_attention() -> None:
     program = Pipeline([Cleanup(), InsertKVCache(), Cleanup()]).run(models.program("llama"))
     kinds = Counter(node.op_type for node in onnx.load_from_string(lower(program).proto).graph.node)

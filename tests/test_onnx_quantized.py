@@ -28,6 +28,7 @@ from skipstone.runtime.onnx.lower import lower
 from skipstone.runtime.onnx.quantized import refuse_formats
 from skipstone.runtime.onnx.session import OnnxSession
 from tests.test_onnx_lowering import STEPS, VOCABULARY, all_nodes, assert_same_steps, build
+from tests.versions import needs_group_query_attention
 
 OPTIONS = [
     {},
@@ -60,6 +61,7 @@ CELLS = [(8, options) for options in OPTIONS] + [(4, options) for options in OPT
 OTHERS = [(4, options) for options in OPTIONS if len(options) not in (0, 2)]
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize(
     ("bits", "options"), [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in OTHERS)], ids=str
 )
@@ -79,6 +81,7 @@ def test_windows_in_full_precision(options: dict) -> None:
     assert_same_steps(program, ALONE, STEPS)
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_cache_is_read_by_fused_attention_alone(bits: int) -> None:
     """Nothing but the fused operator reads codes; the only other thing done to a cache is writing new rows to it."""
@@ -88,6 +91,7 @@ def test_the_cache_is_read_by_fused_attention_alone(bits: int) -> None:
     assert not [node for node in all_nodes(graph) if "DequantizeLinear" in node.op_type]
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize(
     ("bits", "options", "conditions"),
     [
@@ -106,6 +110,7 @@ def test_forms(bits: int, options: dict, conditions: list[str]) -> None:
     assert sum(node.op_type == "GroupQueryAttention" for node in nodes) == len(conditions) + 1
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize(
     ("bits", "options"),
     [(8, {}), (4, {"kind": "sliding", "window": 4}), (32, {"kind": "sliding", "window": 4})],
@@ -128,6 +133,7 @@ def test_no_step_copies_the_cache(bits: int, options: dict) -> None:
         assert fastest[1] < 5 * fastest[0]
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_version_without_quantized_caches_is_refused(bits: int) -> None:
     form = next(iter(QuantizeKV(k=f"int{bits}", v=f"int{bits}").validate()))
@@ -139,6 +145,7 @@ def test_a_version_without_quantized_caches_is_refused(bits: int) -> None:
         refuse_formats([form], 0, 0)
 
 
+@needs_group_query_attention
 def test_zero_scales_do_not_reach_the_operator() -> None:
     """It takes a scale of 0 for 1. A channel that is always 0 gets the scale 1 from the start, on every target."""
     program = quantized(8)
@@ -162,6 +169,7 @@ def executables() -> list[Any]:
         return [optimize(model, Plan([QuantizeKV()]), target=target, **options) for target in ("eager", "onnxruntime")]
 
 
+@needs_group_query_attention
 def test_a_key_bias_beside_the_keys(executables: list[Any]) -> None:
     """In every form: a prompt, a chunk, and single tokens at all lengths that a cache has room for."""
     ids = torch.randint(0, VOCABULARY, (2, 40))
@@ -175,6 +183,7 @@ def test_a_key_bias_beside_the_keys(executables: list[Any]) -> None:
     assert relative_difference(results[1], results[0]) < 1e-4
 
 
+@needs_group_query_attention
 def test_layers_share_their_conditions(executables: list[Any]) -> None:
     graph = onnx.load_from_string(lower(executables[1].program).proto).graph
     asked = [node.input[0] for node in all_nodes(graph) if node.op_type == "If"]

@@ -26,6 +26,7 @@ from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.quantize_kv import FormatChoice, QuantizeKV, static_tensor
 from skipstone.plan import Plan
 from tests import models
+from tests.versions import needs_group_query_attention
 
 LAYERS, VOCABULARY, WIDTH = 3, 61, 32
 KV_HEADS = {"mha": 4, "gqa": 2}
@@ -275,6 +276,7 @@ def test_generate(name: str) -> None:
     assert torch.equal(beams, uncached)
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize("heads", KV_HEADS)
 @pytest.mark.parametrize("name", PORTABLE)
 def test_onnx_runtime(heads: str, name: str) -> None:
@@ -299,6 +301,7 @@ def test_onnx_runtime(heads: str, name: str) -> None:
         assert distance.max() <= 1 and distance.float().mean() < 1e-3
 
 
+@needs_group_query_attention
 @pytest.mark.parametrize("name", PORTABLE)
 def test_in_onnx_runtime_the_cache_is_written_in_place(name: str) -> None:
     opt = executable("gqa", name, "onnxruntime", torch.float32)
@@ -355,6 +358,7 @@ def test_heads_with_other_formats_have_slots_of_their_own() -> None:
     assert program.input(Role.COUNT) is None
 
 
+@needs_group_query_attention
 def test_two_calls_do_not_recompile() -> None:
     """The session of a target is made once, whatever the sizes of the calls."""
     opt = executable("gqa", "int8", "onnxruntime", torch.float32)

@@ -53,6 +53,7 @@ from skipstone.runtime.triton.lower import lower as lower_to_triton
 from tests.export_cases import PADDINGS, Loader, all_nodes, assert_close, batch, original_logits
 from tests.genai_cases import assert_same_tokens, with_end
 from tests.tiny_models import VOCABULARY, randomize, tokens
+from tests.versions import needs_group_query_attention
 from tests.weight_cases import dequantized, dequantized_model, products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -307,6 +308,7 @@ def test_sets_by_prompt_share_the_weights(program: Program) -> None:
 GATES = SkipFFNAdaptive(threshold=0.3, cold_start=0, cold_end=0, warmup_tokens=1, max_share=1.0)
 
 
+@needs_group_query_attention
 @pytest.mark.slow
 def test_graphs_over_one_file(model: Any, tmp_path: Path) -> None:
     """Sets by prompt, layers that run twice, and FFNs in branches, each over a quantized cache."""

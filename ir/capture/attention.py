@@ -7,6 +7,7 @@ from the sizes alone becomes the kind that it is.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,9 +233,9 @@ def _before_repeat(node: fx.Node) -> fx.Node:
         return node.args[0]  # type: ignore[return-value]
     if node.target is aten.reshape.default:
         expanded = _copied(node.args[0])
-        unsqueezed: Any = expanded.args[0] if _target(expanded) is aten.expand.default else None
+        unsqueezed: Any = _copied(expanded.args[0]) if _target(expanded) is aten.expand.default else None
         if _target(unsqueezed) is aten.unsqueeze.default and unsqueezed.args[1] == 2:
-            source: fx.Node = unsqueezed.args[0]
+            source: fx.Node = _copied(unsqueezed.args[0])
             batch, heads, *rest = source.meta["val"].shape
             copies = expanded.meta["val"].shape[2]
             if tuple(node.meta["val"].shape) == (batch, heads * copies, *rest):
@@ -243,9 +244,17 @@ def _before_repeat(node: fx.Node) -> fx.Node:
 
 
 def _copied(value: Any) -> Any:
-    while _target(value) in _COPIES:
+    while _target(value) in _COPIES or _takes_all(value):
         value = value.args[0]
     return value
+
+
+def _takes_all(value: Any) -> bool:
+    """Whether a value is a slice of all that there is, as PyTorch 2.11 traces several of ``x[:, :, None]``."""
+    if _target(value) is not aten.slice.Tensor:
+        return False
+    bounds = dict(enumerate(value.args))
+    return bounds.get(2) in (None, 0) and bounds.get(3) in (None, sys.maxsize) and bounds.get(4, 1) == 1
 
 
 def _through(value: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 from torch import Tensor, fx
 
 from skipstone.ir.dialect import (
@@ -31,6 +33,9 @@ from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.runtime.onnx import experts, gates
 from skipstone.runtime.onnx.operators import rotary
 from skipstone.runtime.onnx.quantized import MICROSOFT, quantization
+
+_GROUP_QUERY_INPUTS = 17
+"""Inputs of GroupQueryAttention up to the number of new rows."""
 
 
 class OnnxForms(fx.Interpreter):
@@ -287,8 +292,27 @@ def has_group_query_form(
     softcap: float = 0.0,
     **_options: Any,
 ) -> bool:
-    """Whether GroupQueryAttention computes exactly this `cached_attention`."""
+    """Whether GroupQueryAttention of the installed ONNX Runtime computes exactly this `cached_attention`."""
     one_width = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0
     one_dtype = {x.dtype for x in (q, k, v, k_cache, v_cache)} == {torch.float32}
     capped = key_bias is not None and softcap > 0  # its bias is added behind the cap
-    return kind in (Kind.CAUSAL, Kind.SLIDING) and bias is None and one_width and one_dtype and not capped
+    exact = kind in (Kind.CAUSAL, Kind.SLIDING) and bias is None and one_width and one_dtype and not capped
+    return exact and takes_counts()
+
+
+def reads_what_it_wrote(node: fx.Node) -> bool:
+    """Whether a node that writes a cache is several operators, of which others read the cache behind the write."""
+    if node.target != CACHED_ATTENTION:
+        return False  # a quantized cache, which has no other form, or a write alone
+    values = [each.meta["val"] if isinstance(each, fx.Node) else each for each in node.args]
+    return not has_group_query_form(*values, **node.kwargs)  # type: ignore[arg-type]
+
+
+@cache
+def takes_counts() -> bool:
+    """Whether GroupQueryAttention of the installed ONNX Runtime takes the number of new rows, as from 1.32 on.
+
+    Without it, the operator refuses several new rows a sequence behind others where the batch has several sequences.
+    """
+    schemas = [each for each in get_all_operator_schema() if each.name == "GroupQueryAttention"]
+    return any(each.max_input >= _GROUP_QUERY_INPUTS for each in schemas)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
-
-from skipstone.ir.dialect import CACHED_ATTENTION, WRITING_OPS
+from skipstone.ir.dialect import WRITING_OPS
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Program, Role
 from skipstone.runtime.onnx.columns import LOGITS, MASK, PAST, POSITIONS, PRESENT, TOKENS
 from skipstone.runtime.onnx.files import MODEL_FILE
-from skipstone.runtime.onnx.forms import has_group_query_form
+from skipstone.runtime.onnx.forms import reads_what_it_wrote
 
 CONFIG_FILE = "genai_config.json"
 
@@ -115,11 +113,4 @@ def _caches(program: Program) -> list[Any]:
 def _shares_buffers(program: Program) -> bool:
     """Whether every cache is written by one operator that can do so in place."""
     writers = list(program.nodes(*WRITING_OPS))
-    return len(writers) == len(program.slots()) and all(map(_writes_in_place, writers))
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    if node.target != CACHED_ATTENTION:
-        return True  # a quantized cache, which has no other form
-    values = [each.meta["val"] if isinstance(each, fx.Node) else each for each in node.args]
-    return has_group_query_form(*values, **node.kwargs)  # type: ignore[arg-type]
+    return len(writers) == len(program.slots()) and not any(map(reads_what_it_wrote, writers))

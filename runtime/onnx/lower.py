@@ -27,7 +27,7 @@ from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.program import Port, Program, Role, module_path
 from skipstone.runtime.onnx import attention, experts, gates
 from skipstone.runtime.onnx.files import MODEL_FILE, WEIGHTS_FILE, Weights, save
-from skipstone.runtime.onnx.forms import OnnxForms
+from skipstone.runtime.onnx.forms import OnnxForms, reads_what_it_wrote
 from skipstone.runtime.onnx.layouts import cancel_moves
 from skipstone.runtime.onnx.operators import gather_operators
 from skipstone.runtime.onnx.opsets import OPSET, at_opset
@@ -111,10 +111,16 @@ def lower(
 
 
 def _with_all_writes(program: Program) -> Program:
-    """A program that also returns what a cache slot holds before it is written once more."""
+    """A program that also returns what a cache slot holds before it is written once more.
+
+    But for what an attention in plain operators still reads: ONNX Runtime knows of no order between that and the next
+    write, so it must not be in the same memory.
+    """
     program = program.copy()
     returned = set(program.output_node().all_input_nodes)
     for number, node in enumerate(program.nodes(*WRITING_OPS)):
+        if reads_what_it_wrote(node):
+            continue
         for left in [user for user in node.users if user not in returned]:
             place: Any = left.args[1]
             if (place := place - first_buffer(node)) >= 0:

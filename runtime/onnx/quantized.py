@@ -73,7 +73,7 @@ def runs(bits: int) -> bool:
     """Whether the installed ONNX Runtime computes GroupQueryAttention over a cache of that many bits.
 
     A model of this one node is run and its result compared: version 1.26 loads such a node and fails when it runs, and
-    until 1.31 it takes no counts of new rows, which ragged batches need.
+    up to 1.31 it takes no counts of new rows, which ragged batches need.
     """
     heads, width, capacity, rows = 2, 16, 8, 3
     stored = (np.int8, width) if bits == 8 else (np.uint8, width // 2)
