@@ -29,7 +29,7 @@ from skipstone.optimize import capture, lower, rewrite
 from skipstone.plan import Plan
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
-from skipstone.runtime.triton import rows
+from skipstone.runtime.triton import products
 
 NEW_TOKENS = 64
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -340,13 +340,13 @@ def planned(name: str, plan: Plan, workload: Workload, reads_prompts: bool = Fal
 
 def without_row_linear(name: str, workload: Workload) -> System:
     """The optimized model, with linear layers, norms and sums left to Inductor."""
-    with patch.object(rows, "ROWS", 0):
+    with patch.object(products, "ROWS", 0):
         return planned(name, Plan([]), workload)
 
 
 def for_few_rows(name: str, workload: Workload) -> System:
     """The optimized model, with the kernel of `row_linear` for all rows that it can have."""
-    with patch.object(rows, "ROWS", MOST_ROWS):
+    with patch.object(products, "ROWS", MOST_ROWS):
         return planned(name, Plan([]), workload)
 
 

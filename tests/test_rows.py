@@ -18,9 +18,9 @@ from skipstone.ir.program import Program
 from skipstone.optimize import rewrite
 from skipstone.passes.layer_parallel import Unit
 from skipstone.plan import Plan
-from skipstone.runtime.triton import rows
+from skipstone.runtime.triton import products
 from skipstone.runtime.triton.lower import decode_graph, lower
-from skipstone.runtime.triton.rows import gather, linear, matmul, multiply
+from skipstone.runtime.triton.products import gather, linear, matmul, multiply
 from tests import models
 from tests.test_triton_target import rewritten
 
@@ -309,7 +309,7 @@ def test_the_operator_computes_what_the_plain_form_does(plan: str, batch: int, m
         taken.append(count)
         return True
 
-    monkeypatch.setattr(rows, "has_kernel", has_kernel)
+    monkeypatch.setattr(products, "has_kernel", has_kernel)
     (given,) = module(*(value.clone() for value in inputs))
     assert taken == [batch] * len(calls(graph))
     torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)

@@ -38,7 +38,8 @@ from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.quantized import quantized_cached_attention_
 from skipstone.runtime.triton.experts import gathered_experts
-from skipstone.runtime.triton.rows import gather, gather_products, linear, matmul
+from skipstone.runtime.triton.products import gather, linear, matmul
+from skipstone.runtime.triton.rows import gather_products
 
 aten = torch.ops.aten
 
