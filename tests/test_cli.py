@@ -162,7 +162,7 @@ def test_generate_needs_a_tokenizer(capsys):
         (["optimize", "tiny_models:llama", "--plan", "absent.json"], "Cannot read the plan absent.json"),
         (["optimize", "tiny_models:llama", "--plan", "p.json", "--skip-ffn", "1"], "excludes --skip"),
         (["optimize", "tiny_models:llama", "--plan", "p.json", "--kv", "int8"], "excludes --skip"),
-        (["optimize", "tiny_models:llama", "--kv", "int8"], "no calibration data"),
+        (["optimize", "tiny_models:llama", "--kv", "int8", "--target", "eager"], "no calibration data"),
         (["optimize", "tiny_models:llama", "--kv", "int9"], "no cache format 'int9'"),
         (["optimize", "tiny_models:llama", "--kv", "int8:head"], "granularity"),
         (["optimize", "tiny_models:llama", "--budget", "nll=0.1"], "no data to choose sublayers on"),
