@@ -68,7 +68,10 @@ CONFIGS = {
     ),
     "qwen2": lambda: Qwen2Config(**{**SIZES, "num_hidden_layers": 2}),
     "qwen3": lambda: Qwen3Config(**SIZES, attention_bias=True),
-    "gemma2": lambda: Gemma2Config(**SIZES, **WINDOWED, query_pre_attn_scalar=8, attn_logit_softcapping=3.0),
+    # transformers 5.17 leaves the cap out unless it is told to attend eagerly.
+    "gemma2": lambda: Gemma2Config(
+        **SIZES, **WINDOWED, query_pre_attn_scalar=8, attn_logit_softcapping=3.0, attn_implementation="eager"
+    ),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, **WINDOWED, query_pre_attn_scalar=8),
     "phi3": lambda: Phi3Config(**SIZES),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES, rotary_pct=0.5),
