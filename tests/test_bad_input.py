@@ -312,6 +312,9 @@ class FullDisk:
     def __exit__(self, *_error: Any) -> None:
         self.file.close()
 
+    def tell(self) -> int:
+        return int(self.file.tell())
+
     def write(self, data: Any) -> None:
         self.room -= len(data) if isinstance(data, str) else memoryview(data).nbytes
         if self.room < 0:

@@ -88,6 +88,7 @@ def test_targets_agree_in_prompts_and_steps(built: dict[str, Any], batch: int) -
     assert difference < 5e-3 * (scores["eager"].max() - scores["eager"].min())  # single codes are rounded the other way
 
 
+@pytest.mark.slow
 def test_tokens_skip_and_generation_agrees(built: dict[str, Any], model: LlamaForCausalLM) -> None:
     ids = tokens(2, 11, seed=5)
     written = {target: opt.generate(ids, max_new_tokens=20, do_sample=False) for target, opt in built.items()}

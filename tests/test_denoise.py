@@ -210,6 +210,7 @@ def test_random_numbers_come_from_the_generator() -> None:
     assert torch.equal(write(0), write(1))
 
 
+@pytest.mark.slow
 def test_an_optimized_model_writes_the_same_on_onnx_runtime() -> None:
     opt = skipstone.optimize(models.model("llada"), progress=False)
     prompt, mask = text(2, 5), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])

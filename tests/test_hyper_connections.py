@@ -230,7 +230,8 @@ def test_token_by_token_equals_all_at_once(kind: str, iterations: int) -> None:
     assert_close(found[1], expected(model, ids[1:, 2:], iterations)[0, 2:])
 
 
-@pytest.mark.parametrize("kind", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_it_runs_on_onnx_runtime(kind: str) -> None:
     """Streams are found, mixed and reported where a user calls for it."""
     model, ids = copy.deepcopy(language(kind)).float(), hyper_models.tokens(2, 10)

@@ -78,6 +78,7 @@ def test_conditioning_makes_up_for_outliers() -> None:
     assert divergence("plain", INT4_GROUPS) <= divergence("plain", replace(INT4_GROUPS, condition=False))
 
 
+@pytest.mark.slow
 def test_a_large_key_bias_trips_the_detector_and_is_survived() -> None:
     norms = [float(layer.self_attn.k_proj.bias.detach().norm()) for layer in model("biased").model.layers]
     assert norms == pytest.approx([KEY_BIAS_NORM] * len(norms))

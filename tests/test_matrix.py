@@ -234,7 +234,7 @@ def test_a_plan_that_was_saved_and_loaded_gives_the_same_tokens(tmp_path: Path) 
 SUBSETS = st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS).map(lambda chosen: tuple(sorted(chosen)))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     sets=st.tuples(SUBSETS, SUBSETS, SUBSETS).filter(
         lambda sets: any(sets) and len({*sets[0], *sets[2]}) + len({*sets[1], *sets[2]}) < 2 * LAYERS

@@ -150,12 +150,12 @@ STEPS = [(7, [0, 0]), (1, [7, 4]), (1, [8, 5]), (5, [9, 2]), (3, [0, 7]), (1, [1
         {"heads": 4, "kv_heads": 2},
         {"heads": 6, "kv_heads": 1, "width": 16},
         {"width": 40},
-        {"width": 64},
+        pytest.param({"width": 64}, marks=pytest.mark.slow),
         {"kind": "sliding", "window": 1},
         {"kind": "sliding", "window": 4},
-        {"kind": "sliding", "window": 100},
-        {"softcap": 2.0},
-        {"sinks": True},
+        pytest.param({"kind": "sliding", "window": 100}, marks=pytest.mark.slow),
+        pytest.param({"softcap": 2.0}, marks=pytest.mark.slow),
+        pytest.param({"sinks": True}, marks=pytest.mark.slow),
         {"sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3},
         {"key_bias": True},
     ],
@@ -253,7 +253,7 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
 
 
-@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow)], ids=["llama", "gpt2"])
 def test_a_language_model_with_a_cache(make):
     model = make()
     program = Pipeline([InsertKVCache()]).run(capture_huggingface(model))

@@ -247,6 +247,7 @@ def test_default_segments_stand_in_the_middle(layers: int) -> None:
 # Choosing
 
 
+@pytest.mark.slow
 def test_the_segment_that_saves_most_within_the_budget_is_chosen(report: SegmentReport) -> None:
     program = models.program("deep")
     data, tried = padded(program), [each.segment for each in report.figures]

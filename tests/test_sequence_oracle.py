@@ -350,7 +350,7 @@ def programs(draw: Callable[[Any], Any]) -> Program:
     return graph.finish()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_whatever_is_proved_holds(program: Program) -> None:
     """Soundness. That the proof is not vacuous is what the tests on named models and operations say."""

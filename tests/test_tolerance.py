@@ -141,7 +141,7 @@ def test_stepwise_equals_one_shot(fuse: bool) -> None:
 def test_onnx_runtime_leaves_iterations_out() -> None:
     ids = models.tokens(2, 9, seed=6)
     model = copy.deepcopy(hugging_face("deep")).float()
-    plan = Plan([LayerParallel((Segment(1, 6, 4, tolerance=0.4),))])
+    plan = Plan([LayerParallel((Segment(1, 5, 3, tolerance=0.6),))])
     eager, onnx = (optimize(model, plan, target=target, progress=False) for target in ("eager", "onnxruntime"))
     assert_close(onnx(input_ids=ids).logits, eager(input_ids=ids).logits, 1e-4)
 

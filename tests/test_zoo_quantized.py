@@ -28,7 +28,7 @@ from skipstone.runtime.executable import TokenModel
 from tests.tiny_models import tiny_model, tokens
 from tests.zoo import CACHED
 
-SAMPLE = ("llama", "qwen3", "gemma3_text", "deepseek_v3", "gpt_neox", "gptj")
+SAMPLE = ("llama", "qwen3", "gemma3_text", "gpt_neox", "deepseek_v3", "gptj")
 LENGTH, PROMPT = 24, 15
 
 LATENT, SHARED = "multi-head latent attention", "shared with another attention"
