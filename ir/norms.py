@@ -73,6 +73,11 @@ def _as(node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return source
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    """What reads a value, if nothing else does."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def target_of(value: Any) -> Any:
     """The function that a value is the result of; None for one that no function makes."""
     return value.target if isinstance(value, fx.Node) and value.op == "call_function" else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from skipstone.ir.norms import is_shape, target_of
+from skipstone.ir.norms import is_shape, only_user, target_of
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ def rotation(heads: fx.Node) -> Rotation | None:
     """The rotary embedding of heads [..., B, H, S, D], if that is all that is made of them."""
     width = heads.meta["val"].shape[-1]
     products = [user for user in heads.users if user.target is aten.mul.Tensor]
-    result = _only_user(products[0]) if len(products) == 1 else None
+    result = only_user(products[0]) if len(products) == 1 else None
     if target_of(result) is not aten.add.Tensor or result.kwargs:  # type: ignore[union-attr]
         return None
     other: Any = _other(result, products[0])  # type: ignore[arg-type]
@@ -75,7 +75,3 @@ def _is_last(whole: fx.Node, axis: tuple[Any, ...]) -> bool:
 def _other(node: fx.Node, operand: fx.Node) -> Any:
     """The operand of a sum or product that is not this one."""
     return node.args[1] if node.args[0] is operand else node.args[0]
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None

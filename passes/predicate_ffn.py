@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from skipstone.ir.dialect import GATE, PREDICATED_LINEAR
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.gates import spared
 from skipstone.ir.linear import operator_name
+from skipstone.ir.linear_layer import LinearLayer, linear_layer
 from skipstone.ir.program import Program, module_path, provenance
 from skipstone.passes.base import Pass, Remark
 
@@ -66,31 +67,7 @@ class PredicateFFN(Pass):
         return remarks or [self.missed("model", "no gate")]
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """A linear layer in one of ATen's spellings.
-
-    Attributes:
-        node: the call.
-        x: [B, S, H], the rows of the tokens.
-        weight: [N, H], or [H, N] if `transposed`.
-        bias: [N], or None.
-    """
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    transposed: bool
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of the matrix."""
-        value = self.weight.meta["val"]
-        return int(value.numel()) * value.element_size()
-
-
-def _linear_layers(gate: fx.Node) -> list[_Linear]:
+def _linear_layers(gate: fx.Node) -> list[LinearLayer]:
     """All calls that read a matrix and are spared by a gate.
 
     Raises:
@@ -119,25 +96,15 @@ def _is_matrix(node: fx.Node) -> bool:
     return node.op == "get_attr" and sum(size > 1 for size in node.meta["val"].shape) > 1
 
 
-def _linear(node: fx.Node, tokens: Any) -> _Linear | None:
-    """The linear layer that a call is, if its rows are the tokens [B, S]."""
-    args: Any = (*node.args, None)
-    if node.kwargs:
+def _linear(node: fx.Node, tokens: Any) -> LinearLayer | None:
+    """The linear layer that a call is, if its rows are the tokens; its `x` is then what holds them as [B, S, H]."""
+    layer = linear_layer(node)
+    rows = None if layer is None else _token_rows(layer.x, tokens)
+    if layer is None or rows is None or layer.weight.meta["val"].dim() != 2:
         return None
-    match node.target:
-        case aten.linear.default:
-            x, weight, bias, transposed = args[0], args[1], args[2], False
-        case aten.mm.default | aten.matmul.default:
-            x, weight, bias, transposed = args[0], args[1], None, True
-        case aten.addmm.default:
-            x, weight, bias, transposed = args[1], args[2], args[0], True
-        case _:
-            return None
-    rows = _token_rows(x, tokens)
-    columns = weight.meta["val"].shape[1 if transposed else 0]
-    if rows is None or weight.meta["val"].dim() != 2 or (bias is not None and bias.meta["val"].shape != (columns,)):
-        return None
-    return _Linear(node, rows, weight, bias, transposed)
+    columns = layer.weight.meta["val"].shape[1 if layer.transposed else 0]
+    fits = layer.bias is None or layer.bias.meta["val"].shape == (columns,)
+    return replace(layer, x=rows) if fits else None
 
 
 def _token_rows(x: fx.Node, tokens: Any) -> fx.Node | None:
@@ -153,7 +120,7 @@ def _token_rows(x: fx.Node, tokens: Any) -> fx.Node | None:
     return rows if is_rows(value) and value.shape[-1] == x.meta["val"].shape[-1] else None
 
 
-def _predicate(program: Program, layer: _Linear, skip: Any) -> None:
+def _predicate(program: Program, layer: LinearLayer, skip: Any) -> None:
     """Put a `predicated_linear` in the place of a linear layer."""
     node = layer.node
     with provenance(program, PredicateFFN.name, like=node), program.graph.inserting_before(node):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from skipstone.ir.cost import is_view
 from skipstone.ir.dialect import EXPERTS, MATMUL_NBITS
 from skipstone.ir.errors import InternalError
+from skipstone.ir.linear_layer import LinearLayer, linear_layer
 from skipstone.ir.program import Program, module_path, provenance
 from skipstone.passes.base import Pass, Remark
 
@@ -68,7 +69,7 @@ class QuantizeWeights(Pass):
             if (why := weights.left(node, operand))
         ]
 
-    def _quantize(self, program: Program, product: _Product, weights: _Weights) -> Remark:
+    def _quantize(self, program: Program, product: LinearLayer, weights: _Weights) -> Remark:
         node = product.node
         with provenance(program, self.name, like=node), program.graph.inserting_before(node):
             operands = weights.operands(product)
@@ -89,37 +90,16 @@ class QuantizeWeights(Pass):
                 raise InternalError(f"{node.name} still reads a weight in full precision")
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A linear layer: ``x @ weight.T + bias``, or ``x @ weight + bias`` where the weight stands `transposed`."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    transposed: bool
-
-
-def _product(node: fx.Node) -> _Product | None:
+def _product(node: fx.Node) -> LinearLayer | None:
     """The linear layer that a call is, if its weight is a matrix of the program."""
-    args: Any = (*node.args, None)
-    if node.kwargs:
+    layer = linear_layer(node)
+    if layer is None:
         return None
-    match node.target:
-        case aten.linear.default:
-            x, weight, bias, transposed = args[0], args[1], args[2], False
-        case aten.mm.default | aten.matmul.default:
-            x, weight, bias, transposed = args[0], args[1], None, True
-        case aten.addmm.default:
-            x, weight, bias, transposed = args[1], args[2], args[0], True
-        case _:
-            return None
-    if weight.target in _TRANSPOSES and weight.args[0].meta["val"].dim() == 2:
-        weight, transposed = weight.args[0], not transposed
-    value = weight.meta["val"]
-    is_matrix = weight.op == "get_attr" and value.dim() == 2 and value.is_floating_point()
-    rows = x.op != "get_attr" and x.meta["val"].dim() >= 2
-    return _Product(node, x, weight, bias, transposed) if is_matrix and rows else None
+    if layer.weight.target in _TRANSPOSES and layer.weight.args[0].meta["val"].dim() == 2:  # type: ignore[union-attr]
+        layer = replace(layer, weight=layer.weight.args[0], transposed=not layer.transposed)  # type: ignore[arg-type]
+    value = layer.weight.meta["val"]
+    is_matrix = layer.weight.op == "get_attr" and value.dim() == 2 and value.is_floating_point()
+    return layer if is_matrix and layer.x.op != "get_attr" and layer.x.meta["val"].dim() >= 2 else None
 
 
 @dataclass
@@ -130,7 +110,7 @@ class _Weights:
     config: QuantizeWeights
     nodes: dict[Any, list[fx.Node]] = field(default_factory=dict)
 
-    def operands(self, product: _Product) -> list[fx.Node]:
+    def operands(self, product: LinearLayer) -> list[fx.Node]:
         """Codes, scales and zero points of a layer's weight, for which nodes stand before their first use."""
         name = str(product.weight.target)
         weight = self.program.tensor(name)

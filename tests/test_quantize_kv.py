@@ -49,7 +49,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "some heads": {"k": "int4", "v": "int4", "choices": (FormatChoice((0, 2), heads=(1,), k="int8", v="int8"),)},
 }  # fmt: skip
 PORTABLE = ("int8", "int4")
-OTHERS = (("mha", "int4"), ("gqa", "int8"))
 EXACT = 1e-9
 """Largest difference of float64 logits, over their range: there no code is rounded another way."""
 
@@ -280,7 +279,12 @@ def test_generate(name: str) -> None:
 @needs_group_query_attention
 @pytest.mark.parametrize(
     ("heads", "name"),
-    [("mha", "int8"), ("gqa", "int4"), *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)],
+    [
+        ("mha", "int8"),
+        ("gqa", "int4"),
+        pytest.param("mha", "int4", marks=pytest.mark.slow),
+        pytest.param("gqa", "int8", marks=pytest.mark.slow),
+    ],
 )
 def test_onnx_runtime(heads: str, name: str) -> None:
     """Prefill, ragged padding and decode equal the eager target; codes differ by one, in a few places at most."""

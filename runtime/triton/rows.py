@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from skipstone.ir.norms import RMSNorm, is_shape, rms_norm, target_of, uncast
+from skipstone.ir.norms import RMSNorm, is_shape, only_user, rms_norm, target_of, uncast
 from skipstone.ir.predicated import PREDICATED_LINEAR
 from skipstone.ir.rotations import Rotation, rotation
 from skipstone.runtime.triton.products import multiply
@@ -151,8 +151,8 @@ def _gated(layer: Layer) -> Product | None:
         return None
     first, second = parts[0, width // 2], parts[width // 2, width]
     activated, activation = _activated(first)
-    product = _only_user(activated)
-    if activated is first or product is not _only_user(second) or target_of(product) is not aten.mul.Tensor:
+    product = only_user(activated)
+    if activated is first or product is not only_user(second) or target_of(product) is not aten.mul.Tensor:
         return None
     return Product([layer], product, activation, is_gated=True)  # type: ignore[arg-type]
 
@@ -179,7 +179,7 @@ def _rotations(layer: Layer) -> list[Rotation]:
     """The rotary embeddings of the heads that are the first columns of a layer's results."""
     width = layer.weight.meta["val"].shape[-2]
     whole = {(0, width): layer.result}
-    parts = whole if target_of(_only_user(layer.result)) is aten.reshape.default else _parts(layer.result)
+    parts = whole if target_of(only_user(layer.result)) is aten.reshape.default else _parts(layer.result)
     found: list[Rotation] = []
     end = 0
     for place, part in sorted(parts.items()):
@@ -193,8 +193,8 @@ def _rotations(layer: Layer) -> list[Rotation]:
 
 def _heads(part: fx.Node, width: int) -> fx.Node | None:
     """The results [..., S, H D] of a layer as heads [..., H, S, D], if that is how they are read."""
-    apart = _only_user(part)
-    heads = None if target_of(apart) is not aten.reshape.default else _only_user(apart)  # type: ignore[arg-type]
+    apart = only_user(part)
+    heads = None if target_of(apart) is not aten.reshape.default else only_user(apart)  # type: ignore[arg-type]
     if heads is None or target_of(heads) is not aten.transpose.int:
         return None
     before, shape = _shape(part)[:-1], _shape(apart)
@@ -242,18 +242,18 @@ def _products(layers: Sequence[Layer]) -> list[Product]:
     left = [layer for layer in layers if all(layer not in each.layers for each in products)]
     for gate in list(left):
         activated, activation = _activated(gate.result)
-        product = None if activated is gate.result else _only_user(activated)
+        product = None if activated is gate.result else only_user(activated)
         if product is None or target_of(product) is not aten.mul.Tensor:
             continue
         other = next((each for each in left if each.result in product.args), None)
-        if other is None or gate not in left or _only_user(other.result) is not product:
+        if other is None or gate not in left or only_user(other.result) is not product:
             continue
         if is_shape(other.result, _shape(gate.result)):
             products.append(Product([gate, other], product, activation, is_gated=True))
             left = [each for each in left if each not in (gate, other)]
     products += [Product([layer], *_activated(layer.result), rotations=_rotations(layer)) for layer in left]
     for each in products:
-        total = _only_user(each.result)
+        total = only_user(each.result)
         is_free = total is not None and all(total is not other.result for other in products)
         if total is not None and is_free and target_of(total) is aten.add.Tensor and not total.kwargs:
             residual = next((term for term in total.args if term is not each.result), None)
@@ -297,14 +297,14 @@ def _angles(products: Sequence[Product]) -> tuple[fx.Node | None, fx.Node | None
 
 def _activated(layer: fx.Node) -> tuple[fx.Node, str]:
     """What becomes of the results of a layer that nothing but an activation reads, and the activation's name."""
-    user = _only_user(layer)
+    user = only_user(layer)
     target = target_of(user)
     if user is None or user.args[0] is not layer:
         return layer, "none"
     if target is aten.gelu.default:
         return user, "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
     if target is aten.relu.default:
-        square = _only_user(user)
+        square = only_user(user)
         if square is not None and (target_of(square) is aten.square.default or _is_power(square, 2)):
             return square, "relu_squared"
         return user, "relu"
@@ -321,10 +321,6 @@ def _hoist_constants(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "get_attr" and node is not first:
             first.prepend(node)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _shape(node: Any) -> Any:
