@@ -13,8 +13,7 @@ tokens. ``decode_vs_*`` and ``prefill_vs_*`` (with what is set up for a prompt) 
 - ``genai``: onnxruntime-genai, on the very directory that our runner runs;
 - ``genai_builder``: onnxruntime-genai, on what its own model builder makes of the Hugging Face model;
 - ``hf``: that bare export of the Hugging Face model, at our opset, with one operator for an attention and one for a
-  norm (at the default opset, 20, it takes longer in every respect), on ONNX Runtime with every value bound where it
-  lies.
+  norm, on ONNX Runtime with every value bound where it lies.
 
 ONNX Runtime is set up by each system as it does by default. Where onnxruntime-genai is not installed,
 ``--genai-python`` can name an interpreter that has it; otherwise it is not measured, which is said.
