@@ -15,11 +15,12 @@ from skipstone.kernels.compile import PROCESSORS, Variant, capability, variant_l
 from skipstone.kernels.launch import Launch
 from skipstone.kernels.predicated_linear import linear_launch
 from skipstone.kernels.row_linear import row_launch
+from skipstone.kernels.take_best import choice_launches
 
 FORMATS = ("full", "int8_channel", "int4_channel", "int8_token", "fp8_token", "int4_group:32", "nvfp4", "mxfp4")
 """Of quantized caches, and the model's own dtype."""
 
-WIDTH, FFN, HEAD = 4096, 14336, 128
+WIDTH, FFN, HEAD, VOCABULARY = 4096, 14336, 128, 128256
 """Of the linear layers: those of Llama 3 with 8 billion parameters."""
 
 
@@ -59,6 +60,10 @@ def catalogue(arch: str) -> Iterator[Entry]:
         launch = linear_launch(x, _tensor(FFN, WIDTH), skip, None, _tensor(1, rows, FFN), capability(arch), PROCESSORS)
         yield Entry(f"linear layer that tokens may skip, {use}", launch)
     yield from _row_linear(arch)
+    integers = _tensor(1, 1, dtype=torch.int64)
+    choice = _tensor(1, VOCABULARY), integers, integers, integers, [integers, integers], capability(arch)
+    for launch in choice_launches(*choice):
+        yield Entry("the choice of a token", launch)
 
 
 def _row_linear(arch: str) -> Iterator[Entry]:

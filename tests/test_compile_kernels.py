@@ -15,7 +15,10 @@ pytest.importorskip("triton", reason="needs the extra `triton`")
 from skipstone.kernels import catalogue, compile
 from skipstone.kernels.compile import Usage
 
-EVERY = {"append_rows", "attend_share", "combine_shares", "attend_block", "multiply_rows", "multiply_few_rows"}
+EVERY = {
+    "append_rows", "attend_share", "combine_shares", "attend_block", "multiply_rows", "multiply_few_rows",
+    "best_of_part", "take_best",
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from skipstone.runtime.cache import KVCache
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.triton import cache as pools
-from skipstone.runtime.triton import compiled, greedy
+from skipstone.runtime.triton import compiled
 from skipstone.runtime.triton.experts import gathered_experts
 from skipstone.runtime.triton.lower import _PLAIN, TWIN, check_kernels, decode_graph, lower
 from skipstone.runtime.triton.session import TritonSession
@@ -209,29 +209,6 @@ def test_generate_is_that_of_the_model(inductor: Any) -> None:
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(ours.generate(ids, **options), eager.generate(ids, **options))
-
-
-def test_the_choice_of_tokens_is_compiled_once_for_each_set_of_buffers(
-    inductor: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(greedy, "COMPILED_ON", ("cpu",))
-    made = []
-    real = greedy.make_fx
-    monkeypatch.setattr(greedy, "make_fx", lambda *args, **options: made.append(args) or real(*args, **options))  # type: ignore[func-returns-value]
-    gc.collect()
-    ours, _ = inductor
-    ours.session._pool._idle.clear()
-    assert_decodes(ours, 2, (1, 3))
-    assert len(made) == 1
-
-
-@pytest.mark.parametrize("vocabulary", [1, 99, 1024, 1025, 5000])
-def test_the_first_of_the_best_tokens_is_chosen(vocabulary: int) -> None:
-    logits = torch.randint(4, (6, vocabulary)).to(torch.bfloat16)  # many are equal
-    logits[0] = float("-inf")
-    logits[1, vocabulary // 2] = float("nan")
-    logits[2, -1] = 9
-    assert torch.equal(greedy.best_of(logits), logits.argmax(dim=-1, keepdim=True))
 
 
 def test_buffers_stay_where_they_are(inductor: Any) -> None:

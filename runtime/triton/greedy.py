@@ -6,25 +6,17 @@ for a small model that takes as long as some of its layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from skipstone.ir.program import Program, Role
+from skipstone.ir.take_best import take_best_
 from skipstone.runtime.triton.steps import StaticStep, Step
 
 MOST = 64
 """Tokens that are decoded before their results are copied."""
-
-PART = 1024
-"""Logits that one program chooses from."""
-
-COMPILED_ON = ("cuda",)
-"""Devices where the choice of tokens is compiled: few kernels are worth it where they are part of a graph."""
 
 _COUNTED = (Role.POSITIONS, Role.START)
 """Inputs that are one more at each step."""
@@ -55,22 +47,12 @@ class GreedySteps:
         tokens = by_role[Role.TOKENS]
         counted = [by_role[role] for role in _COUNTED if role in by_role]
         self._chosen = values[tokens].new_zeros(values[tokens].shape[0], MOST)
-        self._number = values[tokens].new_zeros(1)
-        take: Callable[..., Any] | None = None
+        self._number = values[tokens].new_zeros(values[tokens].shape[0])
 
         def run(everything: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            nonlocal take
             results = step(everything)
-            taken = (
-                results[logits],
-                self._chosen,
-                self._number,
-                everything[tokens],
-                *map(everything.__getitem__, counted),
-            )
-            if take is None:
-                take = _compiled(taken) if taken[0].device.type in COMPILED_ON else _take
-            take(*taken)
+            further = [everything[name] for name in counted]
+            take_best_(results[logits][:, 0], everything[tokens], self._chosen, self._number, further)
             return results
 
         self.step = StaticStep(run, values, buffers, memory)
@@ -82,30 +64,3 @@ class GreedySteps:
         for _ in range(count - 1):
             self.step.replay()
         return self._chosen[:, :count].clone()
-
-
-def best_of(logits: Tensor) -> Tensor:
-    """The first of the best tokens [B, 1] by logits [B, V]: of parts, then of their best.
-
-    Inductor gives a whole row to one program: choosing one of 151936 so made a step 0.05 ms longer on an H200.
-    """
-    padded = F.pad(logits, (0, -logits.shape[-1] % PART), value=float("-inf"))
-    peaks, places = padded.unflatten(-1, (-1, PART)).max(dim=-1)
-    part = peaks.argmax(dim=-1, keepdim=True)
-    return part * PART + places.gather(1, part)
-
-
-def _take(logits: Tensor, chosen: Tensor, number: Tensor, tokens: Tensor, *counted: Tensor) -> None:
-    """Write the best tokens to the inputs of the next step and to column `number` of the `chosen`, and count."""
-    best = best_of(logits[:, 0])
-    tokens.copy_(best)
-    chosen.index_copy_(1, number, best)
-    for each in (number, *counted):
-        each.add_(1)
-
-
-def _compiled(given: Sequence[Any]) -> Callable[..., Any]:
-    """`_take` for these tensors, as few kernels."""
-    # A module of its own: Dynamo counts what it compiles by the code.
-    module = make_fx(_take, tracing_mode="fake")(*given)
-    return torch.compile(module, fullgraph=True, dynamic=False)

@@ -93,7 +93,8 @@ def check_kernels(program: Program) -> None:
     # Not at the top: a CPU build of torch brings no Triton. The imports register the kernels with the operators.
     import skipstone.kernels.predicated_linear
     import skipstone.kernels.quantized_cached_attention
-    import skipstone.kernels.row_linear  # noqa: F401
+    import skipstone.kernels.row_linear
+    import skipstone.kernels.take_best  # noqa: F401
     from skipstone.kernels.call import Call
 
     fields = Call.__dataclass_fields__.keys()
