@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ PROCESSOR_REGISTERS = 65536
 
 FIRST_TO_OVERLAP = 90
 """The oldest devices on which a kernel can begin while the one before is still running."""
+
+
+observers: list[Callable[[Any], None]] = []
+"""What is called with the compiled kernel of each launch, see `skipstone.kernels.binaries`."""
 
 
 def buffer(x: Tensor) -> Buffer:
@@ -68,4 +72,6 @@ class Launch:
 
     def __call__(self) -> None:
         """Launch it on the current stream, without waiting."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        compiled = self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        for observe in observers:
+            observe(compiled)

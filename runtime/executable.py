@@ -164,8 +164,8 @@ class Executable:
             tokenizer: one of transformers, to be saved beside it.
             overwrite: replace an artifact that is there.
             compiled_for: sizes of batches. What reads their prompts and decodes them is compiled now, on the target
-                ``"triton"``, and stored besides. It is for this kind of machine alone, and used only where
-                ``skipstone.load(..., native_code=True)`` says so.
+                ``"triton"``, and stored besides, with the machine code of the kernels that it launches on a GPU. It is
+                for this kind of machine alone, and used only where ``skipstone.load(..., native_code=True)`` says so.
         Raises:
             ArtifactError: the directory holds something, or cannot be written.
             InvalidInput: `compiled_for` has something else than positive numbers.

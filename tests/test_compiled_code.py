@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import skipstone
 from skipstone.errors import ArtifactError, InternalError, InvalidInput, Unsupported
+from skipstone.runtime.artifact import kernels as artifact_kernels
+from skipstone.runtime.artifact import packages
 from skipstone.runtime.artifact.artifact import PROGRAM
 from skipstone.runtime.artifact.packages import machine
 from skipstone.runtime.triton import compiled, package
@@ -199,7 +201,10 @@ device, directory, given, found = sys.argv[1:]
 torch.set_num_threads(1)
 sys.modules["skipstone.optimize"].DEVICES["triton"] = device
 torch.compile = None
-captured = []
+captured, launched = [], []
+if device == "cuda":
+    import triton
+    triton.knobs.compilation.listener = lambda **about: launched.append((about["src"].name, about["cache_hit"]))
 
 class Graph(torch.cuda.graph):
     def __enter__(self):
@@ -212,7 +217,8 @@ ids = torch.load(given, weights_only=True).to(device)
 logits, kept = opt.prefill(ids)
 outs = [logits, *[opt.decode(ids[:, column], kept).clone() for column in range(3)]]
 outs.append(opt.generate(ids, max_new_tokens=8, do_sample=False))
-assert captured or device == "cpu"
+assert (captured and launched) or device == "cpu"
+assert all(was_there for _, was_there in launched), launched
 assert not [name for name in sys.modules if name.startswith("tests") or "modeling_llama" in name]
 torch.save([each.cpu() for each in outs], found)
 """
@@ -223,6 +229,7 @@ def elsewhere(directory: Path, ids: Tensor, folder: Path, device: str) -> list[T
     torch.save(ids, folder / "given")
     paths = [str(directory), str(folder / "given"), str(folder / "found")]
     environment = {**os.environ, "CXX": "/nowhere/c++", "PYTHONPATH": str(ROOT)}
+    environment["TRITON_CACHE_DIR"] = str(folder / "triton")
     subprocess.run([sys.executable, "-c", _ELSEWHERE, device, *paths], cwd=folder, check=True, env=environment)
     found: list[Tensor] = torch.load(folder / "found", weights_only=True)
     return found
@@ -340,6 +347,7 @@ def test_what_is_no_package_is_refused(artifact: Path) -> None:
         ({"platform": "darwin"}, "for the platform darwin, here is"),
         ({"processor": "riscv64"}, "for processors of type riscv64, here is"),
         ({"device": "cuda", "capability": [9, 0]}, "for the device cuda, here is cpu"),
+        ({"triton": "3.4.0"}, r"for Triton 3\.4\.0, here is None"),
         ({"capability": [8, 0]}, r"for compute capability 8\.0, here is None"),
         ({"instructions": ["avx1024", *machine(torch.device("cpu"))["instructions"]]}, "not here: avx1024"),
     ],
@@ -369,6 +377,80 @@ def test_code_of_another_program_is_refused(artifact: Path, place: tuple[int, in
         skipstone.load(artifact, native_code=True)
 
 
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The kernels that were put where Triton finds them."""
+    binaries = pytest.importorskip("skipstone.kernels.binaries", reason="needs the extra `triton`")
+    found: list[Any] = []
+    monkeypatch.setattr(binaries, "restore", found.append)
+    return found
+
+
+@pytest.fixture
+def with_kernels(restored: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An artifact whose sessions launched two kernels when they rehearsed, as on a GPU."""
+    from skipstone.kernels.binaries import Binary
+
+    monkeypatch.setattr(compiled.CompiledGraph, "write_package", lambda *given: given[-1].write_bytes(b""))
+    found = [Binary(f"{number:064x}", "multiply", bytes([number]) * 5, b"{}") for number in range(2)]
+    monkeypatch.setattr(artifact_kernels, "launched", lambda _rehearse, _device: found)
+    cases.executable("plain", "triton").save(tmp_path / "kernels", compiled_for=[BATCH])
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages are not opened."""
+    monkeypatch.setattr(compiled.CompiledGraph, "open_package", lambda *_given: None)
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_kernels_come_back_with_consent_alone(with_kernels: Path, restored: list[Any]) -> None:
+    skipstone.load(with_kernels)
+    skipstone.load(with_kernels, target="eager")
+    assert not restored
+    skipstone.load(with_kernels, native_code=True)
+    assert [(each.hash, each.name, each.code, each.about) for each in restored] == [
+        ("0" * 64, "multiply", bytes([0] * 5), b"{}"),
+        ("0" * 63 + "1", "multiply", bytes([1] * 5), b"{}"),
+    ]
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize(
+    "entry",
+    [{"hash": "../" * 21 + "a"}, {"name": "../multiply"}, {"hash": 7}, {"code": "/etc/passwd"}, {"about": "code"}],
+    ids=str,
+)
+def test_kernels_that_are_none_are_refused_before_any_is_there(
+    with_kernels: Path, restored: list[Any], entry: dict[str, Any]
+) -> None:
+    change(with_kernels, PROGRAM, lambda data: data["compiled"]["kernels"][1].update(entry))
+    with pytest.raises(ArtifactError):
+        skipstone.load(with_kernels, native_code=True)
+    assert not restored
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_what_is_rehearsed_is_what_the_packages_hold(
+    original: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and steps of several sizes, through packages and nothing else, and not those of the session itself."""
+    sizes: list[tuple[int, ...]] = []
+    real = package.Package.__call__
+
+    def call(self: Any, *inputs: Tensor) -> Any:
+        sizes.append(tuple(inputs[0].shape))
+        return real(self, *inputs)
+
+    monkeypatch.setattr(package.Package, "__call__", call)
+    before = [dict(graph._compiled) for graph in loaded.session.graphs.values()]
+    listed = json.loads((original / PROGRAM).read_text())["compiled"]["packages"]
+    packages._rehearse([loaded.session], listed, [BATCH], original)
+    assert sizes == [(BATCH, columns) for columns in (32, 33, 512, 513)] + [(BATCH, 1)] * 8
+    assert [graph._compiled for graph in loaded.session.graphs.values()] == before
+
+
 def edit_entry(**changes: Any) -> Callable[[Any], None]:
     return lambda data: data["compiled"]["packages"][0].update(changes)
 
@@ -383,6 +465,7 @@ def edit_entry(**changes: Any) -> Callable[[Any], None]:
         edit_entry(graph="third"),
         lambda data: data["compiled"].pop("made_for"),
         lambda data: data["compiled"].pop("packages"),
+        lambda data: data["compiled"].pop("kernels"),
         lambda data: data["compiled"]["packages"][0].pop("file"),
         lambda data: data.update(compiled=3),
     ],

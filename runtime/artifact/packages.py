@@ -1,4 +1,4 @@
-"""Compiled code in artifacts: AOTInductor packages, listed with what they were compiled for and with.
+"""Compiled code in artifacts: AOTInductor packages and our kernels, with what they were compiled for and with.
 
 Code that was made elsewhere may compute something else or bring the process down, and nothing in it would say so. So
 everything that it depends on has to be the same here, except that a processor may have more instructions.
@@ -16,6 +16,7 @@ import torch
 
 from skipstone.ir.errors import ArtifactError, InvalidInput, Unsupported
 from skipstone.ir.program import Role
+from skipstone.runtime.artifact import kernels
 from skipstone.runtime.artifact.store import Store, reading
 from skipstone.runtime.session import ProgramSession
 from skipstone.runtime.triton.session import SINGLE, WHOLE, TritonSession
@@ -23,6 +24,7 @@ from skipstone.runtime.triton.session import SINGLE, WHOLE, TritonSession
 _NAMES = {
     "skipstone": "skipstone",
     "torch": "torch",
+    "triton": "Triton",
     "platform": "the platform",
     "processor": "processors of type",
     "device": "the device",
@@ -78,7 +80,24 @@ def write(parts: Sequence[ProgramSession], batches: Sequence[int], folder: Path)
                     "fixed_sizes": list(sizes),
                     "signature": graph.signature(),
                 }
-    return {"made_for": machine(parts[0].program.source.device), "packages": list(made.values())}
+    device = parts[0].program.source.device
+    packages = list(made.values())
+    found = kernels.launched(lambda: _rehearse(parts, packages, batches, folder), device)
+    return {"made_for": machine(device), "packages": packages, "kernels": kernels.write(found, folder)}
+
+
+def _rehearse(
+    parts: Sequence[ProgramSession], packages: Sequence[Mapping[str, Any]], batches: Sequence[int], folder: Path
+) -> None:
+    """Launch what the packages launch, in sessions of their own: those that are saved stay as they are."""
+    for number, session in enumerate(parts):
+        rehearsing = TritonSession(session.program)
+        own = [each for each in packages if each["program"] == number]
+        for each in own:
+            rehearsing.open_package(each["graph"], folder / each["file"], tuple(each["fixed_sizes"]))
+        for name in _graphs(number, len(parts)):
+            for batch in batches:
+                rehearsing.rehearse(name, batch)
 
 
 def _graphs(number: int, parts: int) -> tuple[str, ...]:
@@ -93,12 +112,19 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "skipstone": str(sys.modules["skipstone"].__version__),
         "torch": str(torch.__version__),
+        "triton": _triton_version() if device.type == "cuda" else None,
         "platform": sys.platform,
         "processor": platform.machine(),
         "instructions": sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True),
         "device": device.type,
         "capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
     }
+
+
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
 
 
 def check_machine(made_for: Mapping[str, Any], device: torch.device) -> None:
@@ -136,12 +162,13 @@ def check_packages(listed: Mapping[str, Any] | None, store: Store, target: str, 
 
 
 def open_packages(listed: Mapping[str, Any], store: Store, parts: Sequence[ProgramSession]) -> None:
-    """Let sessions use the packages, after `check_packages` and with the consent of the user. This runs their code.
+    """Let sessions use packages and kernels, after `check_packages` and with the consent of the user: runs their code.
 
     Raises:
         ArtifactError: a package is missing, damaged, or not of these programs.
     """
     with reading(store.directory):
+        kernels.restore(listed["kernels"], store)
         for each in listed["packages"]:
             with reading(path := store.path(each["file"])):
                 session, name = parts[each["program"]], each["graph"]

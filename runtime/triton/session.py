@@ -27,8 +27,12 @@ DECODE: Mapping[str, Any] = {"combo_kernels": True}
 """Options of Inductor for steps of one token: kernels that could run at the same time become one. Each is so short that
 to begin it counts."""
 
-EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 32, 256
-"""Of inputs that code is compiled for ahead of time. It is for any others as well."""
+EXAMPLES: Mapping[str, Sequence[tuple[int, int]]] = {
+    WHOLE: ((32, 256), (33, 256), (512, 1024), (513, 1024)),
+    SINGLE: ((1, 256), (1, 512), (1, 1024), (1, 2048)),
+}
+"""New tokens and capacities of caches that stand for others. The first are those that code is compiled with ahead of
+time; among all of them are those that kernels are launched for with different constants."""
 
 TUNED: Mapping[str, Any] = {"max_autotune": True, "coordinate_descent_tuning": True}
 """Options of Inductor that choose among kernels by their times; it keeps its choices on disk."""
@@ -126,12 +130,26 @@ class TritonSession(ProgramSession):
 
     def example_inputs(self, graph: str, batch: int) -> list[Tensor]:
         """Inputs of a graph that read a prompt of `batch` sequences, or go on with them, and give one row of logits."""
-        device = self.program.source.device
-        cache = KVCache.allocate(self.layout, batch, EXAMPLE_CAPACITY, device)
-        tokens = torch.zeros(batch, 1 if graph == SINGLE else EXAMPLE_COLUMNS, dtype=torch.int64, device=device)
-        rows, count = tokens[:, :1].clone(), torch.ones_like(cache.lengths)
-        steps = step_inputs(self.program, tokens, torch.zeros_like(tokens), count, rows, cache)
-        return [(steps | cache.buffers)[port.name] for port in self.program.inputs]
+        columns, capacity = EXAMPLES[graph][0]
+        cache = KVCache.allocate(self.layout, batch, capacity, self.program.source.device)
+        values = self._example(columns, cache) | cache.buffers
+        return [values[port.name] for port in self.program.inputs]
+
+    def rehearse(self, graph: str, batch: int) -> None:
+        """Launch what prompts of `batch` sequences launch, or greedy steps behind them."""
+        for columns, capacity in EXAMPLES[graph]:
+            cache = self.new_cache(batch, capacity)
+            if graph == WHOLE:
+                self.step_outputs(self._example(columns, cache), cache, ())
+            else:
+                tokens = torch.zeros(batch, columns, dtype=torch.int64, device=self.program.source.device)
+                self.decode(tokens, torch.zeros_like(tokens), cache, count=2)
+
+    def _example(self, columns: int, cache: KVCache) -> dict[str, Tensor]:
+        """Inputs of the program that are no buffers, for so many new tokens of each sequence of an empty cache."""
+        tokens = torch.zeros(cache.batch, columns, dtype=torch.int64, device=self.program.source.device)
+        count = torch.ones_like(cache.lengths)
+        return step_inputs(self.program, tokens, torch.zeros_like(tokens), count, tokens[:, :1].clone(), cache)
 
     def open_package(self, graph: str, path: Path, fixed_sizes: tuple[int, ...]) -> None:
         """See `CompiledGraph.open_package`: it runs code that lies in the file."""
