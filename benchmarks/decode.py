@@ -121,11 +121,15 @@ def ours(model: LlamaForCausalLM, ids: Tensor, counts: Sequence[int]) -> dict[tu
 
 
 class CompiledSteps:
-    """The model under `torch.compile` with a static cache; the prompt is read uncompiled, which is not counted."""
+    """The model under `torch.compile` with a static cache; the prompt is read uncompiled, which is not counted.
 
-    def __init__(self, model: LlamaForCausalLM, length: int) -> None:
+    Args:
+        settings: further ones of `torch.compile`.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, length: int, **settings: Any) -> None:
         self.model = model
-        self.forward = torch.compile(model, fullgraph=True, dynamic=False)
+        self.forward = torch.compile(model, fullgraph=True, dynamic=False, **settings)
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         self.position = 0
 

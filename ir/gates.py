@@ -33,6 +33,27 @@ def decoding(rows: int, start: Tensor, decode_start: Tensor, warmup_tokens: int)
     return positions >= (decode_start + warmup_tokens).unsqueeze(1)
 
 
+def skip_predicate_reference(
+    before: Tensor,
+    after: Tensor,
+    start: Tensor,
+    decode_start: Tensor,
+    met: Tensor | None = None,
+    *,
+    threshold: float,
+    warmup_tokens: int,
+) -> Tensor:
+    """`skip_predicate` in plain PyTorch operators."""
+    decoded = decoding(before.shape[1], start, decode_start, warmup_tokens)
+    reached = decoded & (cosine(before, after) >= threshold)
+    return reached if met is None else met | reached
+
+
+def gate_reference(x: Tensor, skip: Tensor) -> Tensor:
+    """`gate` in plain PyTorch operators."""
+    return x.masked_fill(skip.unsqueeze(-1), 0)
+
+
 @torch.library.custom_op("skipstone::skip_predicate", mutates_args=())
 def skip_predicate(
     before: Tensor,
@@ -60,9 +81,9 @@ def skip_predicate(
     Returns:
         bool [B, S].
     """
-    decoded = decoding(before.shape[1], start, decode_start, warmup_tokens)
-    reached = decoded & (cosine(before, after) >= threshold)
-    return reached if met is None else met | reached
+    return skip_predicate_reference(
+        before, after, start, decode_start, met, threshold=threshold, warmup_tokens=warmup_tokens
+    )
 
 
 @skip_predicate.register_fake
@@ -81,7 +102,7 @@ def gate(x: Tensor, skip: Tensor) -> Tensor:
     Returns:
         [B, S, H].
     """
-    return x.masked_fill(skip.unsqueeze(-1), 0).contiguous()
+    return gate_reference(x, skip).contiguous()
 
 
 @gate.register_fake

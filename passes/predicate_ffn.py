@@ -15,6 +15,7 @@ from skipstone.ir.gates import spared
 from skipstone.ir.linear import operator_name
 from skipstone.ir.linear_layer import LinearLayer, linear_layer
 from skipstone.ir.program import Program, module_path, provenance
+from skipstone.ir.row_local import is_row_local
 from skipstone.passes.base import Pass, Remark
 
 aten = torch.ops.aten
@@ -28,8 +29,9 @@ class PredicateFFN(Pass):
 
     For targets that cannot leave out a part of the graph without waiting for the device. What stands between the linear
     layers (norm, activation, product) is computed on the zeros of the rows that skip. It keeps rows apart, as the proof
-    for the cache says, so that no other row changes; what it makes of zeros, the gate clears. A gate right behind a
-    linear layer that obeys, bias or not, has nothing left to clear and goes.
+    for the cache says or, without a cache of ours, the form of each operator, so that no other row changes; what it
+    makes of zeros, the gate clears. A gate right behind a linear layer that obeys, bias or not, has nothing left to
+    clear and goes.
 
     It is all linear layers of a gate or none: a gate is left as it was where another operator reads a matrix (experts).
     """
@@ -39,11 +41,9 @@ class PredicateFFN(Pass):
     def check(self, program: Program) -> None:
         """See `Pass.check`."""
         gates, refusals = list(program.nodes(GATE)), []
-        if gates and not program.slots():
-            raise Unsupported(f"{self.name} for a program without a KV cache, in which tokens may meet anywhere")
         for gate in gates:
             try:
-                _linear_layers(gate)
+                _linear_layers(program, gate)
             except Unsupported as reason:
                 refusals.append(reason)
         if refusals and len(refusals) == len(gates):
@@ -55,7 +55,7 @@ class PredicateFFN(Pass):
         for gate in list(program.nodes(GATE)):
             where = module_path(gate)
             try:
-                layers = _linear_layers(gate)
+                layers = _linear_layers(program, gate)
             except Unsupported as reason:
                 remarks.append(self.refused(where, reason.feature))
                 continue
@@ -67,18 +67,22 @@ class PredicateFFN(Pass):
         return remarks or [self.missed("model", "no gate")]
 
 
-def _linear_layers(gate: fx.Node) -> list[LinearLayer]:
+def _linear_layers(program: Program, gate: fx.Node) -> list[LinearLayer]:
     """All calls that read a matrix and are spared by a gate.
 
     Raises:
-        Unsupported: one of them is no linear layer, or its rows are not known to be tokens.
+        Unsupported: one of them is no linear layer, or its rows are not known to be tokens; or tokens may meet.
     """
-    layers = []
+    layers, rows = [], gate.args[1].meta["val"].shape  # type: ignore[union-attr]
+    is_proved = bool(program.slots())
     for node in spared(gate):
         matrices = [operand for operand in node.all_input_nodes if _is_matrix(operand)]
         if is_view(node) or not matrices:
+            if not is_proved and not is_row_local(node, rows):
+                what = f"a gate that spares {operator_name(node)} ({node.name}), by which tokens may meet"
+                raise Unsupported(what, where=module_path(node), hint="Take this layer out of those that it may skip.")
             continue
-        layer = _linear(node, gate.args[1].meta["val"].shape)  # type: ignore[union-attr]
+        layer = _linear(node, rows)
         if layer is None or layer.weight not in matrices:
             what = f"a gate that spares {operator_name(node)} ({node.name}), which is no linear layer of tokens"
             hint = "Take this layer out of those that skip_ffn_adaptive may skip, or that out of the plan."

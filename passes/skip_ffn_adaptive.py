@@ -68,7 +68,7 @@ class SkipFFNAdaptive(Pass):
     def check(self, program: Program) -> None:
         """See `Pass.check`."""
         self.validate()
-        if not program.slots():
+        if program.input(Role.START) is None:
             hint = "Remove it from the plan, or use cache=True."
             raise Unsupported(f"{self.name} for a program without a KV cache", hint=hint)
         self._warm(program)

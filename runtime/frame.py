@@ -6,16 +6,18 @@ PyTorch's own operator, as it was in the model. Tensors that rewrites made are f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from skipstone.ir.capture.dynamo import Frame
+from skipstone.ir.capture.dynamo import Frame, source_name
 from skipstone.ir.capture.kept import BLANK, KEPT
-from skipstone.ir.dialect import ATTENTION, GATE, Kind, attention_reference
-from skipstone.ir.errors import InternalError, Unsupported
-from skipstone.ir.program import Program
+from skipstone.ir.dialect import ATTENTION, GATE, SKIP_PREDICATE, Kind, attention_reference
+from skipstone.ir.errors import InternalError, Unsupported, UserError
+from skipstone.ir.gates import gate_reference, skip_predicate_reference
+from skipstone.ir.program import Port, Program, Role
 
 aten = torch.ops.aten
 
@@ -66,20 +68,72 @@ def _behind(node: fx.Node) -> list[fx.Node]:
     return [each for each in node.graph.nodes if each in reached and each is not node]
 
 
-def lower(frame: Frame, program: Program) -> tuple[fx.GraphModule, list[Tensor]]:
+def add_counts(frame: Frame, decode_start: Tensor) -> None:
+    """Let the frame's program know how many tokens came before, which its `position_ids` say, and where prompts end.
+
+    Raises:
+        Unsupported: the frame has no `position_ids`, or not one for each token.
+        UserError: `decode_start` is neither for one sequence nor for those of the frame, or on another device.
+    """
+    program = frame.program
+    tokens = program.input(Role.TOKENS)
+    positions = _positions(frame)
+    if tokens is None or positions is None or positions.meta["example_value"].ndim != 2:
+        raise Unsupported(
+            "adaptive FFN skipping in a compiled frame that is not given tokens and their positions",
+            hint="Call the model with input_ids and position_ids [B, S], as generate does.",
+        )
+    first: Any = tokens.meta["val"][:, 0]
+    if decode_start.shape[0] not in (1, first.shape[0]) or decode_start.device != first.device:
+        raise UserError(
+            f"option 'decode_start' holds {decode_start.shape[0]} positions on {decode_start.device}, for "
+            f"{first.shape[0]} sequences on {first.device}.",
+            hint="Pass one position for all sequences, or one for each.",
+        )
+    program.add_input(Port("start", Role.START), first)
+
+
+def _positions(frame: Frame) -> fx.Node | None:
+    """The input of the frame's graph that Hugging Face models call `position_ids`."""
+    found = [
+        node
+        for node in frame.module.graph.find_nodes(op="placeholder")
+        if source_name(node).endswith("['position_ids']")
+    ]
+    return found[0] if found else None
+
+
+def _start(positions: Tensor) -> Tensor:
+    """Tokens before the first column, by positions [B, S] of which the last are right: padding may stand before."""
+    return positions[:, -1] - (positions.shape[1] - 1)
+
+
+def lower(frame: Frame, program: Program, decode_start: Tensor | None = None) -> tuple[fx.GraphModule, list[Tensor]]:
     """The graph of a rewritten program, for a frame of Dynamo.
 
+    Args:
+        decode_start: as of `add_counts`, if that was called.
     Returns:
         the graph, and the tensors that it takes behind the frame's own inputs.
     """
+    if decode_start is not None and decode_start.is_cuda:
+        import skipstone.kernels.predicated_linear  # noqa: F401, which registers the kernel
+
     graph = fx.Graph()
     inputs = {node.name: _input(graph, node) for node in frame.module.graph.find_nodes(op="placeholder")}
     owned = {name: inputs[placeholder] for placeholder, name in frame.owned.items()}
     further = [name for name in program.tensors() if name not in owned]
     owned |= {name: _further_input(graph, name) for name in further}
+    counts = {}
+    if decode_start is not None:
+        counts[program.input(Role.DECODE_START)] = _further_input(graph, "decode_start")
+        positions: Any = _positions(frame)
+        counts[program.input(Role.START)] = graph.call_function(_start, (inputs[positions.name],))
     environment: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        if node.op == "placeholder":
+        if node in counts:
+            environment[node] = counts[node]
+        elif node.op == "placeholder":
             environment[node] = inputs[str(node.target)]
         elif node.op == "get_attr":
             environment[node] = owned[str(node.target)]
@@ -104,7 +158,8 @@ def lower(frame: Frame, program: Program) -> tuple[fx.GraphModule, list[Tensor]]
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(frame.module, name):
             setattr(module, name, getattr(frame.module, name))
-    return module, [program.tensor(name) for name in further]
+    tensors = [program.tensor(name) for name in further]
+    return module, tensors if decode_start is None else [*tensors, decode_start]
 
 
 def _input(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -124,8 +179,8 @@ def _further_input(graph: fx.Graph, name: str) -> fx.Node:
 def _call(graph: fx.Graph, node: fx.Node, environment: dict[fx.Node, fx.Node]) -> fx.Node:
     copy = graph.node_copy(node, environment.__getitem__)
     copy.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-    if node.target is GATE:
-        copy.target = _gate
+    if node.target in _PLAIN:
+        copy.target = _PLAIN[node.target]
     elif node.target is ATTENTION:
         _lower_attention(copy, node)
     return copy
@@ -147,5 +202,4 @@ def _lower_attention(copy: fx.Node, node: fx.Node) -> None:
     copy.kwargs = {"scale": node.kwargs["scale"], "enable_gqa": heads != kv_heads}
 
 
-def _gate(x: Tensor, skip: Tensor) -> Tensor:
-    return x.masked_fill(skip.unsqueeze(-1), 0)
+_PLAIN: Mapping[Any, Callable[..., Any]] = {GATE: gate_reference, SKIP_PREDICATE: skip_predicate_reference}

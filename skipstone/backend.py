@@ -28,6 +28,7 @@ from torch._inductor.compile_fx import compile_fx
 from skipstone.ir.capture.dynamo import Frame, capture_frame
 from skipstone.ir.capture.exported import source_of
 from skipstone.ir.capture.kept import set_caches_apart
+from skipstone.ir.dialect import GATE
 from skipstone.ir.errors import InvalidPlan, Unsupported, UserError
 from skipstone.ir.lanes import LANE
 from skipstone.ir.program import Program
@@ -36,13 +37,14 @@ from skipstone.passes.base import Remark, Status, run_pass
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
+from skipstone.passes.predicate_ffn import PredicateFFN
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.quantize_weights import QuantizeWeights
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
-from skipstone.runtime.frame import kept, lower, rejoin
+from skipstone.runtime.frame import add_counts, kept, lower, rejoin
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,6 @@ _STACKS: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary(
 
 _UNSEEN = {
     SkipByPrompt: "which tokens are a prompt, and which program read it",
-    SkipFFNAdaptive: "which tokens of each sequence are its prompt",
     QuantizeKV: "the cache between two calls, whose format would change",
 }
 """Rewrites that need what a single call does not show."""
@@ -85,6 +86,7 @@ class _Options:
 
     plan: Plan
     report: Callable[[FrameReport], Any] | None
+    decode_start: Tensor | None
     inductor: Mapping[str, Any]
 
 
@@ -101,8 +103,10 @@ def backend(
         graph, example_inputs: from Dynamo.
         mode: as with Inductor, e.g. ``"reduce-overhead"``.
         options: ``"plan"``, a `skipstone.Plan`, its dictionary, or the path of its file; ``"report"``, a function that
-            is called with a `FrameReport` for each graph; and any of Inductor's. Without a plan, and with an empty one,
-            this is Inductor.
+            is called with a `FrameReport` for each graph; ``"decode_start"``, where `SkipFFNAdaptive` may begin: an
+            int64 tensor [1] or [B], the position of the first token behind each prompt, in the sense of the model's
+            `position_ids`, read anew in every call, so that it is written to before each text; and any of Inductor's.
+            Without a plan, and with an empty one, this is Inductor.
     Raises:
         UserError: an option that is not known, or a plan that does not fit the model.
         Unsupported: a rewrite that needs more than the graph shows, or a graph that is not the whole model, or one
@@ -111,11 +115,13 @@ def backend(
     settings = _read(mode, options)
     if not len(settings.plan):
         return _compiled(graph, example_inputs, settings)
-    _refuse_plan(settings.plan)
+    _refuse_plan(settings)
     _refuse_frame(graph, example_inputs)
     _fix_numbers(graph)
     frame = capture_frame(graph, example_inputs)
     _check_model(settings.plan, frame)
+    if settings.decode_start is not None:
+        add_counts(frame, settings.decode_start)
     program, copied = _rewrite(frame, settings.plan)
     report = _report(program)
     log.info("%s", report)
@@ -123,7 +129,7 @@ def backend(
         if remark.status is Status.REFUSED:
             log.warning("%s", remark)
     _share_stacks(program, frame)
-    module, further = lower(frame, program)
+    module, further = lower(frame, program, settings.decode_start)
     compiled = _compiled(module, [*example_inputs, *map(_of_fixed_sizes, further)], settings)
     if settings.report is not None:
         settings.report(report)
@@ -142,13 +148,16 @@ def _compiled(graph: fx.GraphModule, inputs: Sequence[Any], settings: _Options) 
 
 def _read(mode: str | None, options: Mapping[str, Any] | None) -> _Options:
     own = dict(options or {})
-    plan, report = _plan(own.pop("plan", None)), own.pop("report", None)
+    plan, report, start = _plan(own.pop("plan", None)), own.pop("report", None), own.pop("decode_start", None)
+    if start is not None and not (isinstance(start, Tensor) and start.dtype == torch.int64 and start.ndim == 1):
+        hint = "Pass an int64 tensor [1] or [B]: the position of the first token behind each prompt."
+        raise UserError("option 'decode_start' is no list of positions.", hint=hint)
     if report is not None and not callable(report):
         raise UserError(
             f"option 'report' is {type(report).__name__}, expected a function.", hint="Pass the append of a list."
         )
     inductor = {name.replace("-", "_"): value for name, value in own.items()}
-    known = ["plan", "report", *list_options()]
+    known = ["plan", "report", "decode_start", *list_options()]
     for name in inductor:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -160,7 +169,7 @@ def _read(mode: str | None, options: Mapping[str, Any] | None) -> _Options:
         if mode not in modes:
             raise UserError(f"unknown mode {mode!r}.", hint=f"Inductor's modes are {', '.join(map(repr, modes))}.")
         inductor = {**modes[mode], **inductor}
-    return _Options(plan, report, inductor)
+    return _Options(plan, report, start, inductor)
 
 
 def _plan(value: Any) -> Plan:
@@ -182,9 +191,18 @@ def _plan(value: Any) -> Plan:
 # What is refused
 
 
-def _refuse_plan(plan: Plan) -> None:
+def _refuse_plan(settings: _Options) -> None:
     """Refuse what no graph of Dynamo shows, and settings that fit no model."""
-    for entry in plan:
+    is_adaptive = any(isinstance(entry, SkipFFNAdaptive) for entry in settings.plan)
+    if is_adaptive and settings.decode_start is None:
+        raise Unsupported(
+            f"{SkipFFNAdaptive.name} in a torch.compile backend that is not told which tokens are a prompt",
+            hint="Pass options={'decode_start': ...}, an int64 tensor with the position of the first token behind each "
+            "prompt, or use skipstone.optimize(model, plan).",
+        )
+    if settings.decode_start is not None and not is_adaptive:
+        raise UserError(f"option 'decode_start' without {SkipFFNAdaptive.name} in the plan.", hint="Leave it out.")
+    for entry in settings.plan:
         if type(entry) in _UNSEEN:
             raise Unsupported(
                 f"{entry.name} in a torch.compile backend, which does not see {_UNSEEN[type(entry)]}",
@@ -300,6 +318,8 @@ def _rewrite(frame: Frame, plan: Plan) -> tuple[Program, set[str]]:
         program = run_pass(entry, program)
         if isinstance(entry, FuseParallel):
             copied = before - program.tensors().keys()
+    if any(True for _ in program.nodes(GATE)):
+        program = run_pass(PredicateFFN(), program)
     rejoin(frame, program, kept(program) if expected is None else expected)
     return program, copied
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from skipstone import FuseParallel, LayerParallel, Plan, Segment, SkipSublayers
 from tests.backend_cases import Blocks, close, compare_steps, compiled, side_by_side, without
+from tests.ffn_oracles import ALWAYS
 from tests.tiny_models import tiny_config, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh")
@@ -52,6 +54,27 @@ def test_a_step_with_a_static_cache(llama: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+def test_tokens_that_skip_ffns(llama: PreTrainedModel) -> None:
+    """The decision is compiled with everything else; where prompts end is read in each call."""
+    begins = torch.tensor([6, 6])
+    fast, _ = compiled(llama, Plan([ALWAYS]), decode_start=begins)
+    reference = without(llama, ffn=(1, 2))
+    ids, place = tokens(2, 6), torch.full((2, 1), 5)
+
+    def step(model: Any) -> Tensor:
+        cache = StaticCache(llama.config, max_cache_len=13)
+        llama(ids[:, :5], past_key_values=cache)
+        return model(input_ids=ids[:, 5:], position_ids=place, past_key_values=cache).logits  # type: ignore[no-any-return]
+
+    close(step(fast), step(llama))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        begins[1] = 5
+        close(step(fast), torch.stack([step(llama)[0], step(reference)[1]]))
+        begins[0] = 3
+        close(step(fast), step(reference))
+
+
+@torch.no_grad()
 def test_layers_in_parallel_over_stacks() -> None:
     """Stacks are inputs behind those of the frame, with sizes that stay fixed where all others are open."""
     model = Blocks()
@@ -82,6 +105,22 @@ def test_prompts_and_steps(llama: PreTrainedModel, kind: str) -> None:
         "static": lambda: StaticCache(llama.config, max_cache_len=16),
     }
     compare_steps(fast, side_by_side(without(llama, (0,)), 1, 3), caches[kind])
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("graphs", [False, True])
+def test_tokens_that_skip_ffns_on_a_gpu(graphs: bool) -> None:
+    model = tiny_model("llama").to("cuda")
+    begins = torch.tensor([8], device="cuda")
+    fast, _ = compiled(model, Plan([ALWAYS]), decode_start=begins, **{"triton.cudagraphs": graphs})
+    reference = without(model, ffn=(1, 2, 3))
+    ids = tokens(2, 12).to("cuda")
+    cache, own = (StaticCache(model.config, max_cache_len=16) for _ in range(2))
+    for start, stop in ((0, 5), *((step, step + 1) for step in range(5, 12))):
+        places = torch.arange(start, stop, device="cuda").expand(2, -1)
+        out = fast(input_ids=ids[:, start:stop], position_ids=places, past_key_values=cache).logits.clone()
+        close(out, (reference if start >= 8 else model)(ids[:, start:stop], past_key_values=own).logits, 2e-3)
 
 
 @pytest.mark.gpu

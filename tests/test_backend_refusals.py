@@ -23,7 +23,6 @@ from skipstone import (
     QuantizeWeights,
     Segment,
     SkipByPrompt,
-    SkipFFNAdaptive,
     SkipSublayers,
 )
 from skipstone.errors import InvalidPlan, Unsupported, UserError
@@ -110,7 +109,6 @@ def test_modes_and_options_of_inductor_reach_it(monkeypatch: pytest.MonkeyPatch)
     ("entry", "unseen"),
     [
         (QuantizeKV(), "the cache between two calls, whose format would change"),
-        (SkipFFNAdaptive(threshold=0.9), "which tokens of each sequence are its prompt"),
         (SkipByPrompt(), "which tokens are a prompt, and which program read it"),
     ],
 )

@@ -45,6 +45,7 @@ ROOMS: Mapping[str, Room] = {
             "skipstone.ir.predicated",
             "skipstone.ir.quantized",
             "skipstone.ir.row_linear",
+            "skipstone.ir.take_best",
             "skipstone.ir.formats",
             "skipstone.ir.errors",
         ),

@@ -272,17 +272,30 @@ def test_one_gate_is_refused_beside_another() -> None:
     assert_same(after, program)
 
 
-def test_programs_in_which_tokens_may_meet_are_refused() -> None:
+def gated_without_a_cache(mix: Callable[[Program, fx.Node], fx.Node]) -> Program:
+    """A program without slots, whose first FFN has a gate, and reads what `mix` makes of its norm's result."""
     program = captured("llama", torch.float64).copy()
     ffn = next(each for each in find_stream(program).sublayers if each.kind is SublayerKind.FFN)
     tokens: Any = program.input(Role.TOKENS)
     skip = program.add_input(Port("skip", Role.TENSOR), tokens.meta["val"] > 0)
+    layer = next(node for node in program.nodes(aten.linear.default) if "gate_proj" in str(node.args[1]))
+    normed: Any = layer.args[0]
+    with provenance(program, "test", like=layer), program.graph.inserting_before(layer):
+        layer.args = (mix(program, normed), *layer.args[1:])
     with provenance(program, "test", like=ffn.branch), program.graph.inserting_after(ffn.branch):
         gate = program.call(GATE, ffn.branch, skip)
     ffn.branch.replace_all_uses_with(gate, delete_user_cb=lambda user: user is not gate)
     program.recompile()
-    with pytest.raises(Unsupported, match="without a KV cache"):
-        run_pass(PredicateFFN(), program)
+    return program
+
+
+def test_without_a_cache_operators_must_keep_tokens_apart_by_their_form() -> None:
+    apart = gated_without_a_cache(lambda program, x: program.call(aten.relu.default, x))
+    after = run_pass(PredicateFFN(), apart)
+    assert sum(1 for _ in after.nodes(PREDICATED_LINEAR)) == 3 and not any(True for _ in after.nodes(GATE))
+    together = gated_without_a_cache(lambda program, x: program.call(aten.cumsum.default, x, 1))
+    with pytest.raises(Unsupported, match=r"a gate that spares aten.cumsum .*by which tokens may meet"):
+        run_pass(PredicateFFN(), together)
 
 
 def test_without_a_gate_there_is_nothing_to_do() -> None:

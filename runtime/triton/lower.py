@@ -33,7 +33,7 @@ from skipstone.ir.dialect import (
     first_buffer,
 )
 from skipstone.ir.errors import InternalError, Unsupported
-from skipstone.ir.gates import cosine, decoding
+from skipstone.ir.gates import gate_reference, skip_predicate_reference
 from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.quantized import quantized_cached_attention_
@@ -167,28 +167,10 @@ def _write_rows(cache: Tensor, rows: Tensor, start: Tensor) -> None:
     cache.transpose(1, 2).index_put_((batch, places), rows.transpose(1, 2).to(cache.dtype))
 
 
-def _skip_predicate(
-    before: Tensor,
-    after: Tensor,
-    start: Tensor,
-    decode_start: Tensor,
-    met: Tensor | None = None,
-    *,
-    threshold: float,
-    warmup_tokens: int,
-) -> Tensor:
-    reached = decoding(before.shape[1], start, decode_start, warmup_tokens) & (cosine(before, after) >= threshold)
-    return reached if met is None else met | reached
-
-
-def _gate(x: Tensor, skip: Tensor) -> Tensor:
-    return x.masked_fill(skip.unsqueeze(-1), 0)
-
-
 _PLAIN: Mapping[Any, Callable[..., Any]] = {
     ATTENTION: attention_reference,
-    SKIP_PREDICATE: _skip_predicate,
-    GATE: _gate,
+    SKIP_PREDICATE: skip_predicate_reference,
+    GATE: gate_reference,
     PROMPT_TURN: prompt_turn_reference,
     PROMPT_MEAN: prompt_mean_reference,
 }
