@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from skipstone.adaptive import calibrate_adaptive_ffn
 from skipstone.budget import Budget, hold_out
-from skipstone.calibrate import CalibrationData, joined, token_batches
+from skipstone.calibrate import Batch, CalibrationData, joined, token_batches
 from skipstone.ir.capture.exported import refuse_unusable
+from skipstone.ir.program import Program
 from skipstone.optimize import capture
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
@@ -29,7 +30,8 @@ def find_adaptive_ffn(
 ) -> Plan:
     """A plan by which each token skips about this share of the FFNs; see `skipstone.adaptive.calibrate_adaptive_ffn`.
 
-    Nothing is said about quality: give the plan to `optimize` together with a budget.
+    Nothing is said about quality: give the plan to `optimize` together with a budget and the same calibration data. The
+    sequences that it holds out for the proof are not looked at.
 
     Args:
         model, calibration, example_inputs: as of `optimize`.
@@ -41,7 +43,7 @@ def find_adaptive_ffn(
     """
     refuse_unusable(model)
     program = capture(model, example_inputs)
-    entry = calibrate_adaptive_ffn(program, joined(token_batches(calibration, program.source)), share, **settings)
+    entry = calibrate_adaptive_ffn(program, _chosen_on(calibration, program), share, **settings)
     return Plan([entry], model=program.source.fingerprint)
 
 
@@ -54,7 +56,8 @@ def find_skip_by_prompt(
 ) -> Plan:
     """A plan with sublayers to skip for each kind of prompts; see `skipstone.prompts.skip_by_prompt`.
 
-    Give the plan to `optimize` together with a budget, which is then proved for each kind.
+    Give the plan to `optimize` together with a budget, which is then proved for each kind, and the same calibration
+    data. The sequences that it holds out for the proof are not looked at.
 
     Args:
         model, calibration, example_inputs: as of `optimize`.
@@ -65,7 +68,7 @@ def find_skip_by_prompt(
     """
     refuse_unusable(model)
     program = capture(model, example_inputs)
-    return skip_by_prompt(program, joined(token_batches(calibration, program.source)), **settings)
+    return skip_by_prompt(program, _chosen_on(calibration, program), **settings)
 
 
 def find_layer_parallel(
@@ -92,7 +95,13 @@ def find_layer_parallel(
     """
     refuse_unusable(model)
     program = capture(model, example_inputs)
-    batches = token_batches(calibration, program.source)
-    chosen_on = batches if budget.validation is not None else hold_out(batches)[0]
-    segment = choose_segment(program, joined(chosen_on), budget, **settings)
+    segment = choose_segment(program, _chosen_on(calibration, program, budget), budget, **settings)
     return Plan([LayerParallel((segment,)), FuseParallel()], model=program.source.fingerprint)
+
+
+def _chosen_on(calibration: CalibrationData, program: Program, budget: Budget | None = None) -> list[Batch]:
+    """The calibration sequences that `optimize` does not hold out to prove a budget on."""
+    batches = token_batches(calibration, program.source)
+    if budget is None or budget.validation is None:
+        batches, _ = hold_out(batches)
+    return joined(batches)
