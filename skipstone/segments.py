@@ -85,17 +85,17 @@ class SegmentFigures:
     @property
     def nll(self) -> float:
         """The relative increase of the mean negative log-likelihood."""
-        return METRICS["nll"](self.seen)[0]
+        return METRICS["nll"](self.seen).value
 
     @property
     def kl(self) -> float:
         """The mean divergence from the model's predictions, nats a token."""
-        return METRICS["kl"](self.seen)[0]
+        return METRICS["kl"](self.seen).value
 
     @property
     def top1(self) -> float:
         """The share of predictions whose most likely token is the same."""
-        return METRICS["top1"](self.seen)[0]
+        return METRICS["top1"](self.seen).value
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def choose_segment(
 def _keeps(seen: Comparison, budget: Budget) -> bool:
     """Whether the bounds of all metrics are within a budget; NaN never is."""
     return all(
-        not math.isnan(METRICS[metric](seen)[0]) and seen.certificate(metric, limit, budget.confidence, "", "").holds
+        not math.isnan(METRICS[metric](seen).value) and seen.certificate(metric, limit, budget.confidence, "", "").holds
         for metric, limit in budget.limits.items()
     )
 
