@@ -26,6 +26,7 @@ from skipstone.ir.dialect import WRITING_OPS, first_buffer
 from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.program import Port, Program, Role, module_path
 from skipstone.runtime.onnx import attention, experts, gates
+from skipstone.runtime.onnx.constants import fold_constants
 from skipstone.runtime.onnx.files import MODEL_FILE, WEIGHTS_FILE, Weights, save
 from skipstone.runtime.onnx.forms import OnnxForms, reads_what_it_wrote
 from skipstone.runtime.onnx.layouts import cancel_moves
@@ -96,6 +97,7 @@ def lower(
     experts.expand(model)
     attention.expand(model, forms.in_place)
     cancel_moves(model)
+    fold_constants(model)
     _name_ports(model, program)
     weights = Weights() if weights is None else weights
     tensors = _externalize(model, program, weights)
