@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from skipstone import __version__
-from skipstone.ir.errors import InternalError, InvalidPlan, SkipstoneError, Unsupported, UserError
+from skipstone.ir.errors import ArtifactError, InternalError, InvalidPlan, SkipstoneError, Unsupported, UserError
+from skipstone.loading import has_tokenizer, load_model, load_tokenizer
 
 USER_ERROR, UNSUPPORTED, DEFECT = 2, 3, 1
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""As shells say it: 128 and the number of the signal."""
 WINDOWS, WINDOW = 64, 512
 """Calibration reads at most so many windows of a text, of so many tokens each."""
 
@@ -21,8 +24,17 @@ WINDOWS, WINDOW = 64, 512
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a wrong request, 3 for an unsupported one."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a narrow encoding has no lines for tables
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("skipstone: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # who was reading has seen enough, and Python must not try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except SkipstoneError as error:
         print(f"skipstone: {error}", file=sys.stderr)
         return USER_ERROR if isinstance(error, UserError) else UNSUPPORTED if isinstance(error, Unsupported) else DEFECT
@@ -41,23 +53,25 @@ def _parser() -> argparse.ArgumentParser:
 
     optimize = commands.add_parser("optimize", help="optimize a model, print the report, and generate text")
     optimize.set_defaults(run=_optimize)
-    optimize.add_argument("--plan", type=Path, metavar="FILE", help="plan to carry out (JSON)")
-    for name in ("layers", "attention", "ffn"):
-        what = "whole layers" if name == "layers" else f"the {name} of layers"
-        optimize.add_argument(f"--skip-{name}", type=_indices, default=(), metavar="1,2", help=f"skip {what}")
-    optimize.add_argument(
-        "--kv", type=_kv_format, metavar="FORMAT", help="format of keys and values: int8, int4, fp8:token, ..."
-    )
     optimize.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate, choose and prove on")
     optimize.add_argument(
         "--budget", type=_limit, metavar="nll=0.01", help="what the plan may cost: nll (relative), kl or top1"
     )
     optimize.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, with what was calibrated")
     optimize.add_argument("--save", type=Path, metavar="DIR", help="write the executable, for `skipstone generate DIR`")
-    optimize.add_argument("--overwrite", action="store_true", help="replace an executable that is in DIR")
     optimize.add_argument(
-        "--target", default="auto", help="auto, onnxruntime, triton (a MODEL on CUDA) or eager (default: auto)"
+        "--compiled-for",
+        type=_sizes,
+        default=(),
+        metavar="1,8",
+        help="with --save: compile for these batches (triton)",
     )
+    optimize.add_argument(
+        "--target", default="auto", help="auto, onnxruntime, triton (with --device cuda) or eager (default: auto)"
+    )
+    optimize.add_argument("--device", help="cpu or cuda: where the model is put first (default: where it is loaded)")
+    optimize.add_argument("--mode", default="default", help="max-autotune lets triton choose kernels by their times")
+    optimize.add_argument("--max-length", type=_positive, metavar="N", help="longest sequence to make room for")
     optimize.add_argument("--prompt", metavar="TEXT", help="generate a continuation of this text")
     optimize.add_argument("--measure", action="store_true", help="time the model and the executable on the prompt")
 
@@ -66,17 +80,20 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("directory", type=Path, metavar="DIR", help="what `skipstone optimize --save DIR` wrote")
     generate.add_argument("--prompt", metavar="TEXT", required=True, help="generate a continuation of this text")
     generate.add_argument("--target", help="onnxruntime, triton or eager (default: that which it was saved for)")
+    generate.add_argument("--native-code", action="store_true", help="run the compiled code that is in DIR")
     for command in (optimize, generate):
-        command.add_argument("--threads", type=_positive, metavar="N")
-        command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+        command.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
+        command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
 
     export = commands.add_parser("export", help="carry out a plan and write the model as ONNX")
     export.set_defaults(run=_export)
-    export.add_argument("--plan", type=Path, metavar="FILE", help="plan to carry out (JSON)")
     export.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on")
     export.add_argument("--format", default="onnx", help="onnx (optimum's names) or genai (for onnxruntime-genai, too)")
     export.add_argument("--opset", type=_positive, default=23, metavar="N", help="23, or higher by ONNX's converter")
-    export.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
+    for command in (optimize, export):
+        _add_plan(command)
+        command.add_argument("--no-cache", action="store_true", help="read the whole text again for each token")
+        command.add_argument("--overwrite", action="store_true", help="replace what was written to DIR or OUT before")
 
     kernels = commands.add_parser("kernels", help="compile the Triton kernels for an architecture and check them")
     actions = kernels.add_subparsers(required=True, metavar="ACTION")
@@ -89,6 +106,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     export.add_argument("out", type=Path, metavar="OUT", help="directory to write")
     return parser
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    """The options that spell a plan, see `_plan`."""
+    command.add_argument("--plan", type=Path, metavar="FILE", help="plan to carry out (JSON)")
+    for name, what in (("layers", "whole layers"), ("attention", "the attention of layers"), ("ffn", "their FFNs")):
+        command.add_argument(f"--skip-{name}", type=_indices, default=(), metavar="1,2", help=f"skip {what}")
+    command.add_argument(
+        "--weights", type=_weight_format, metavar="BITS", help="bits of weights: 4 or 8; 4:int8 rounds inputs, too"
+    )
+    command.add_argument(
+        "--kv", type=_kv_format, metavar="FORMAT", help="format of keys and values: int8, int4, fp8:token, ..."
+    )
 
 
 def _compile_kernels(arguments: argparse.Namespace) -> None:
@@ -160,19 +190,23 @@ def _optimize(arguments: argparse.Namespace) -> None:
 
     if arguments.save is not None:
         check_free(arguments.save, arguments.overwrite)
+    elif arguments.compiled_for:
+        raise UserError("--compiled-for needs a place for what is compiled.", hint="Add --save DIR.")
+    if arguments.save_plan is not None and not (folder := arguments.save_plan.absolute().parent).is_dir():
+        raise ArtifactError(f"Cannot write the plan {arguments.save_plan}: there is no directory {folder}.")
     if arguments.measure and arguments.prompt is None:
         raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
     plan, budget = _plan(arguments), arguments.budget and Budget(**dict([arguments.budget]))
-    model = load_model(arguments.model, arguments.trust_remote_code)
+    model = load_model(arguments.model, arguments.trust_remote_code, arguments.device)
     tokens = calibration = None
     tokenizer: Any = None
     is_asked_for = arguments.prompt is not None or arguments.calibration is not None
-    if is_asked_for or (arguments.save is not None and _has_tokenizer(arguments.model)):
+    if is_asked_for or (arguments.save is not None and has_tokenizer(arguments.model)):
         tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     if arguments.calibration is not None:
         calibration = _calibration(arguments.calibration, tokenizer, model)
     if arguments.prompt is not None:
-        tokens = _tokens(arguments.prompt, tokenizer)
+        tokens = _tokens(arguments.prompt, tokenizer).to(model.device)
     executable = optimize(
         model,
         plan,
@@ -180,13 +214,17 @@ def _optimize(arguments: argparse.Namespace) -> None:
         budget=budget,
         target=arguments.target,
         threads=arguments.threads,
+        mode=arguments.mode,
+        max_length=arguments.max_length,
+        cache=not arguments.no_cache,
     )
     if arguments.save_plan is not None:
         executable.plan.save(arguments.save_plan)
     if arguments.measure:
         executable.report.measure(executable, tokens, model)
     if arguments.save is not None:
-        executable.save(arguments.save, tokenizer=tokenizer, overwrite=arguments.overwrite)
+        options = {"overwrite": arguments.overwrite, "compiled_for": arguments.compiled_for}
+        executable.save(arguments.save, tokenizer=tokenizer, **options)
     print(executable.report)
     if tokens is not None:
         print(f"\n{_continued(executable, tokenizer, tokens, arguments.max_new_tokens)}")
@@ -195,9 +233,10 @@ def _optimize(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from skipstone.artifact import load
 
-    executable = load(arguments.directory, arguments.target, threads=arguments.threads)
+    options = {"threads": arguments.threads, "native_code": arguments.native_code}
+    executable = load(arguments.directory, arguments.target, **options)
     name = str(arguments.directory)
-    if not _has_tokenizer(name):
+    if not has_tokenizer(name):
         raise UserError(f"{name} has no tokenizer.", hint="Save one with it: executable.save(path, tokenizer=...).")
     tokenizer = load_tokenizer(name)
     print(_continued(executable, tokenizer, _tokens(arguments.prompt, tokenizer), arguments.max_new_tokens))
@@ -223,16 +262,10 @@ def _continued(executable: Any, tokenizer: Any, tokens: Any, count: int) -> str:
     return text
 
 
-def _has_tokenizer(name: str) -> bool:
-    """Whether MODEL brings a tokenizer, as far as can be told without loading it: those of the hub do."""
-    return Path(name, "tokenizer_config.json").exists() if Path(name).exists() else ":" not in name
-
-
 def _export(arguments: argparse.Namespace) -> None:
     from skipstone.export import export_onnx
-    from skipstone.plan import Plan
 
-    plan = Plan.load(arguments.plan) if arguments.plan else None
+    plan = _plan(arguments)
     model = load_model(arguments.model, arguments.trust_remote_code)
     tokenizer = calibration = None
     if arguments.calibration is not None or Path(arguments.model, "tokenizer_config.json").exists():
@@ -247,6 +280,7 @@ def _export(arguments: argparse.Namespace) -> None:
         opset=arguments.opset,
         tokenizer=tokenizer,
         calibration=calibration,
+        cache=not arguments.no_cache,
         overwrite=arguments.overwrite,
     )
     print(report)
@@ -256,11 +290,15 @@ def _export(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> Any:
     """The plan that the options spell, or None."""
     from skipstone.passes.quantize_kv import QuantizeKV
+    from skipstone.passes.quantize_weights import QuantizeWeights
     from skipstone.passes.skip_sublayers import SkipSublayers
     from skipstone.plan import Plan
 
     skipped = {name: getattr(arguments, f"skip_{name}") for name in ("layers", "attention", "ffn")}
     entries: list[Any] = [SkipSublayers(**skipped)] if any(skipped.values()) else []
+    if arguments.weights:
+        bits, activations = arguments.weights
+        entries.append(QuantizeWeights(bits, activations=activations))
     if arguments.kv:
         name, granularity = arguments.kv
         entries.append(QuantizeKV(k=name, v=name, granularity=granularity))
@@ -268,7 +306,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
         return Plan.load(arguments.plan) if arguments.plan else None
     if arguments.plan:
         hint = "Put the sublayers to skip and the formats into the plan."
-        raise InvalidPlan("--plan excludes --skip-... and --kv.", hint=hint)
+        raise InvalidPlan("--plan excludes --skip-..., --weights and --kv.", hint=hint)
     return Plan(entries)
 
 
@@ -284,75 +322,20 @@ def _calibration(path: Path, tokenizer: Any, model: Any) -> Any:
     return tokenize([text], tokenizer, min(WINDOW, longest))[:WINDOWS]
 
 
-def load_model(name: str, trust_remote_code: bool = False) -> Any:
-    """The model that MODEL means, in evaluation mode.
-
-    Args:
-        name: a local Hugging Face directory, a hub name, or `package.module:function`.
-        trust_remote_code: whether code from the hub or the directory may run.
-    Raises:
-        UserError: there is no such model, or it cannot be loaded.
-    """
-    if ":" in name and not Path(name).exists():
-        return _call(name).eval()
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
-    except (OSError, ValueError) as error:
-        raise _cannot_load("model", name, error) from error
-
-
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that belongs to MODEL.
-
-    Raises:
-        UserError: it has none.
-    """
-    if ":" in name and not Path(name).exists():
-        raise UserError(f"{name} has no tokenizer.", hint="A prompt needs a model directory or a hub name.")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", name, error) from error
-
-
-def _call(name: str) -> Any:
-    """What `package.module:function` returns; the working directory is searched for the package."""
-    import torch
-
-    path, _, function = name.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(path)
-    except ImportError as error:
-        raise UserError(f"Cannot import {path!r}: {error}.", hint="MODEL is package.module:function.") from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        nearest = difflib.get_close_matches(function, [each for each in vars(module) if not each.startswith("_")], n=1)
-        hint = f"Did you mean {nearest[0]!r}?" if nearest else ""
-        raise UserError(f"Module {path!r} has no function {function!r}.", hint=hint)
-    model = make()
-    if not isinstance(model, torch.nn.Module):
-        raise UserError(f"{name} returned {type(model).__name__}, not a torch.nn.Module.")
-    return model
-
-
-def _cannot_load(what: str, name: str, error: Exception) -> UserError:
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    local = Path(name).exists()
-    hint = "" if local else "It is neither a local directory nor a reachable name on the hub."
-    return UserError(f"Cannot load the {what} {name!r}: {first.rstrip('.')}.", hint=hint)
-
-
 def _indices(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected indices such as 1,2, not {text!r}") from None
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _weight_format(text: str) -> tuple[int, str]:
+    bits, _, activations = text.partition(":")
+    return _positive(bits), activations or "float32"
 
 
 def _kv_format(text: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 
 from skipstone.cli import main
 from skipstone.ir.errors import InternalError, Unsupported, UserError
+from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.passes.quantize_weights import QuantizeWeights
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
+from skipstone.runtime.executable import Executable
 
 MODELS = """
 import torch
@@ -159,9 +163,17 @@ def test_generate_needs_a_tokenizer(capsys):
         (["inspect", "not a name"], "Cannot load the model 'not a name'"),
         (["inspect", ""], "Cannot load the model ''"),
         (["inspect", "."], "Cannot load the model '.'"),
+        (["inspect", "tiny_models.py"], "tiny_models.py is a file. MODEL is the directory"),
         (["optimize", "tiny_models:llama", "--plan", "absent.json"], "Cannot read the plan absent.json"),
         (["optimize", "tiny_models:llama", "--plan", "p.json", "--skip-ffn", "1"], "excludes --skip"),
         (["optimize", "tiny_models:llama", "--plan", "p.json", "--kv", "int8"], "excludes --skip"),
+        (["export", "tiny_models:llama", "out", "--plan", "p.json", "--weights", "4"], "excludes --skip"),
+        (["optimize", "tiny_models:llama", "--weights", "5"], "bits must be one of 4, 8, not 5"),
+        (["optimize", "tiny_models:llama", "--weights", "4:int4"], "activations must be one of 'float32', 'int8'"),
+        (["optimize", "tiny_models:llama", "--mode", "max-autotune"], "nothing to tune"),
+        (["optimize", "tiny_models:llama", "--device", "abacus"], "Cannot put the model on 'abacus': "),
+        (["optimize", "tiny_models:llama", "--compiled-for", "1"], "Add --save DIR"),
+        (["optimize", "tiny_models:llama", "--save-plan", "absent/plan.json"], "there is no directory"),
         (["optimize", "tiny_models:llama", "--kv", "int8", "--target", "eager"], "no calibration data"),
         (["optimize", "tiny_models:llama", "--kv", "int9"], "no cache format 'int9'"),
         (["optimize", "tiny_models:llama", "--kv", "int8:head"], "granularity"),
@@ -210,6 +222,8 @@ def test_each_family_of_errors_has_its_exit_code(capsys, monkeypatch, error, exp
         ["optimize", "x", "--skip-layers", "1,b"],
         ["optimize", "x", "--budget", "loss=1"],
         ["optimize", "x", "--budget", "nll"],
+        ["optimize", "x", "--weights", "four"],
+        ["optimize", "x", "--compiled-for", "1,0"],
     ],
 )
 def test_usage_errors_are_exit_code_2(capsys, arguments):
@@ -217,6 +231,82 @@ def test_usage_errors_are_exit_code_2(capsys, arguments):
         main(arguments)
     assert stop.value.code == 2
     assert "usage: skipstone" in capsys.readouterr().err
+
+
+def test_weights_that_are_cut_off_are_a_wrong_request(capsys, checkpoint: str):
+    weights = Path(checkpoint, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, error = run(capsys, "inspect", checkpoint)
+    assert code == 2 and "Cannot load the model" in error
+
+
+def test_an_interrupt_is_said_in_one_line(capsys, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skipstone.cli.load_model", interrupt)
+    assert main(["inspect", "anything"]) == 130
+    assert capsys.readouterr().err == "skipstone: interrupted\n"
+
+
+def _narrow(encoding: str = "utf-8") -> dict[str, str]:
+    return os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path):
+    """As in ``skipstone inspect MODEL | head -1``."""
+    code = "from skipstone import cli; cli.load_model = lambda *_: None; cli.describe = lambda _: 'line\\n' * 100_000"
+    command = [sys.executable, "-c", f"{code}; raise SystemExit(cli.main(['inspect', '']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_narrow()) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_tables_are_printed_in_narrow_encodings():
+    code = "from skipstone import cli; cli.load_model = lambda *_: None; cli.describe = lambda _: 'a \u2502 b'"
+    command = [sys.executable, "-c", f"{code}; raise SystemExit(cli.main(['inspect', '']))"]
+    done = subprocess.run(command, env=_narrow("ascii"), capture_output=True, check=True)
+    assert done.stdout == b"a ? b\n" and done.stderr == b""
+
+
+def test_options_reach_what_they_are_for(capsys, checkpoint: str, monkeypatch: pytest.MonkeyPatch):
+    """Those that need another target, or that another test carries out."""
+    seen: list[tuple[object, dict[str, object]]] = []
+
+    class Stop(UserError):
+        pass
+
+    def note(*given: object, **options: object) -> object:
+        seen.append((given[1:], options))
+        raise Stop("noted")
+
+    monkeypatch.setattr("skipstone.cli.load_model", lambda *given: seen.append((given, {})))
+    monkeypatch.setattr("skipstone.artifact.load", note)
+    monkeypatch.setattr("skipstone.export.export_onnx", note)
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "optimize", note)
+    tuned = ("--mode", "max-autotune", "--max-length", "9", "--no-cache", "--device", "cuda")
+    assert main(["optimize", checkpoint, "--weights", "4", "--kv", "int8:token", *tuned]) == 2
+    assert main(["export", checkpoint, "out", "--weights", "8:int8", "--skip-ffn", "1", "--no-cache"]) == 2
+    assert main(["generate", "saved", "--prompt", "x", "--native-code"]) == 2
+    assert seen[0] == ((checkpoint, False, "cuda"), {})
+    (plan,), optimizing = seen[1]
+    assert plan == Plan([QuantizeWeights(4), QuantizeKV("int8", "int8", granularity="token")])
+    assert (optimizing["mode"], optimizing["max_length"], optimizing["cache"]) == ("max-autotune", 9, False)
+    (_, plan), exporting = seen[3]
+    assert plan == Plan([SkipSublayers(ffn=(1,)), QuantizeWeights(8, activations="int8")])
+    assert exporting["cache"] is False
+    assert seen[4][1]["native_code"] is True
+
+
+def test_compiled_code_is_saved_where_it_is_asked_for(capsys, monkeypatch: pytest.MonkeyPatch):
+    asked: list[object] = []
+    monkeypatch.setattr(Executable, "save", lambda self, place, **options: asked.append(options["compiled_for"]))
+    options = ("--target", "eager", "--save", "saved")
+    assert main(["optimize", "tiny_models:llama", *options, "--compiled-for", "1,8"]) == 0
+    assert asked == [(1, 8)]
 
 
 def test_version(capsys):
