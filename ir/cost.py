@@ -235,16 +235,16 @@ def _convolution_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
 
 def _attention_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     """Every query with every key, masked or not; through a cache, with the keys of its window alone."""
-    batch, heads, rows, width = sizes.shape(node.args[0])
+    *lanes, rows, width = sizes.shape(node.args[0])
     columns, window = _keys_read(node, sizes), _window(node)
     columns = sympy.Min(columns, window) if window else columns
-    return 2 * batch * heads * rows * columns * (width + sizes.shape(node.args[2])[-1])
+    return 2 * sympy.Mul(*lanes) * rows * columns * (width + sizes.shape(node.args[2])[-1])
 
 
 def _keys_read(node: fx.Node, sizes: Sizes) -> sympy.Expr:
     """How many keys the queries of an attention read together."""
     if node.target not in CACHED_OPS:
-        return sizes.shape(node.args[1])[2]
+        return sizes.shape(node.args[1])[-2]
     rows, window = sizes.shape(node.args[0])[2], _window(node)
     return sympy.Min(PAST + rows, window + rows - 1) if window else PAST + rows
 

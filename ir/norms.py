@@ -56,8 +56,8 @@ def uncast(node: fx.Node) -> fx.Node:
 
 def is_shape(node: fx.Node, *shapes: Sequence[Any]) -> bool:
     """Whether the shape of a value is certainly one of these, whatever symbolic sizes stand for."""
-    given = node.meta["val"].shape
-    return any(
+    given = getattr(node.meta["val"], "shape", None)  # a number has none
+    return given is not None and any(
         len(given) == len(shape) and all(statically_known_true(a == b) for a, b in zip(given, shape, strict=True))
         for shape in shapes
     )

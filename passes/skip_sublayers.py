@@ -13,6 +13,7 @@ from torch import fx
 from skipstone.ir.errors import InvalidPlan, Unsupported
 from skipstone.ir.program import Program
 from skipstone.ir.stream import Sublayer, SublayerKind, find_stream, original_layer, original_layers
+from skipstone.ir.surrogate import sizes
 from skipstone.passes.base import Pass, Remark
 
 aten = torch.ops.aten
@@ -102,7 +103,7 @@ def bypassed(sublayers: Iterable[Sublayer]) -> dict[fx.Node, fx.Node]:
     """The additions that fall away without these sublayers, each with the value of the graph that takes its place.
 
     Raises:
-        Unsupported: a branch goes somewhere else than into additions to the stream.
+        Unsupported: a branch goes somewhere else than into additions to the stream, or changes the stream's form.
     """
     gone: dict[fx.Node, Sublayer] = {}  # values that are no longer there, and the sublayer that they came from
     instead: dict[fx.Node, fx.Node] = {}
@@ -134,7 +135,14 @@ def _other_operand(add: fx.Node, branch: fx.Node, sublayer: Sublayer) -> fx.Node
     first, second = operands
     if add.kwargs.get("alpha", 1) != 1 and first is branch:
         raise Unsupported("skipping a branch beside a scaled stream", where=sublayer.path)
-    return second if first is branch else first  # type: ignore[return-value]
+    other: fx.Node = second if first is branch else first  # type: ignore[assignment]
+    if sizes(other) != sizes(add) or other.meta["val"].dtype != add.meta["val"].dtype:
+        raise Unsupported(
+            f"skipping a sublayer whose result gives the stream another shape or dtype at {add.name}",
+            where=sublayer.path,
+            hint="Leave it in, or expand or cast the stream before the addition.",
+        )
+    return other
 
 
 def _resolved(node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:

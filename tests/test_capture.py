@@ -150,6 +150,17 @@ class Counting(nn.Module):
         return x * self.calls
 
 
+class Returning(nn.Module):
+    """A linear layer, and something made of its result."""
+
+    def __init__(self, result: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.result = nn.Linear(3, 3), result
+
+    def forward(self, x: Tensor) -> object:
+        return self.result(self.inner(x))
+
+
 class Written(nn.Module):
     """Attention as research code writes it: scores, then `weigh` (mask and softmax), over repeated keys and values."""
 
@@ -222,6 +233,37 @@ def test_what_cannot_be_traced_is_refused_with_a_reason() -> None:
         capture_module(Branching().eval(), {"x": torch.ones(2, 3)})
     with pytest.raises(Unsupported, match="writes to calls"):
         capture_module(Counting().eval(), {"x": torch.ones(2, 3)})
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "noise": (lambda x: x + 1e-8 * torch.rand(3), "draws random numbers"),
+    "functional dropout": (lambda x: nn.functional.dropout(x, 0.1), "draws random numbers"),
+    "control flow": (lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), r"torch\.cond\)\."),
+    "no tensor": (lambda x: (x, None), "not tensors.*1 is NoneType"),
+    "nothing": (lambda x: {}, "without outputs"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_exact_program_is_refused(name: str) -> None:
+    result, message = REFUSED[name]
+    with pytest.raises(Unsupported, match=message):
+        capture_module(Returning(result).eval(), {"x": torch.ones(2, 3)})
+
+
+@pytest.mark.parametrize("dropout", [lambda x: nn.functional.dropout(x, 0.0), nn.Dropout(0.5).eval()])
+def test_dropout_that_drops_nothing_is_captured(dropout: Callable[[Tensor], object]) -> None:
+    module, x = Returning(dropout).eval(), torch.randn(2, 3)
+    torch.testing.assert_close(capture_module(module, {"x": x}).run(x=x)["output"], module(x))
+
+
+def test_outputs_have_names_of_their_own() -> None:
+    module = Returning(lambda x: {"x": x, "a": {"b": x + 1}, "a.b": x + 2, 0: x + 3}).eval()
+    x = torch.randn(2, 3)
+    program = capture_module(module, {"x": x})
+    assert [port.name for port in program.outputs] == ["output_x", "a.b", "output_a.b", "output_0"]
+    for added, value in enumerate(program.run(x=x).values()):
+        torch.testing.assert_close(value, module.inner(x) + added)
 
 
 def test_bad_models_and_examples_are_user_errors() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.ir.capture.huggingface import capture_huggingface
+from skipstone.ir.capture.module import capture_module
 from skipstone.ir.capture.validate import relative_difference
 from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION
 from skipstone.ir.errors import InvalidPlan, Unsupported
@@ -96,6 +97,30 @@ def test_impossible_skips_are_refused_before_anything_is_changed(entry: SkipSubl
     with pytest.raises(InvalidPlan, match=message):
         run_pass(entry, program)
     assert len(list(program.nodes())) == before
+
+
+class Growing(nn.Module):
+    """The second sublayer's result gives the stream another shape or dtype; the first and the third do not."""
+
+    def __init__(self, grow: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers, self.grow = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), grow
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.layers[0](x)
+        x = x + self.grow(self.layers[1](x))
+        return x + self.layers[2](x.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("grow", [Tensor.double, lambda x: x.expand(3, *x.shape)])
+def test_a_sublayer_that_gives_the_stream_its_form_stays(grow: Callable[[Tensor], Tensor]) -> None:
+    module, x = Growing(grow).eval(), torch.randn(2, 5, 4)
+    program = capture_module(module, {"x": x})
+    with pytest.raises(Unsupported, match="another shape or dtype"):
+        run_pass(SkipSublayers(paths=("layers.1",)), program)
+    skipped = run_pass(SkipSublayers(paths=("layers.2",)), program).run(x=x)["output"]
+    before = x + module.layers[0](x)
+    torch.testing.assert_close(skipped, before + grow(module.layers[1](before)))
 
 
 class Stepper:

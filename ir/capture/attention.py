@@ -7,6 +7,7 @@ from the sizes alone becomes the kind that it is.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from skipstone.ir.capture.masks import HIDDEN, classify_nodes
 from skipstone.ir.dialect import ATTENTION, Kind
@@ -33,6 +35,7 @@ class _Match:
     Attributes:
         q, k, v: its operands, four-dimensional; `k_transposed` says that k is [B, KH, D, T].
         masks: boolean nodes, true where a query may attend; `hides` holds those that are true where it may not.
+        fill: what hidden logits become; where it is a number, a query that may attend to nothing sees all keys alike.
         biases: floating-point nodes that are added to the logits.
         kind: causal if the operator itself says so.
     """
@@ -46,6 +49,7 @@ class _Match:
     kind: Kind = Kind.BIDIRECTIONAL
     masks: list[fx.Node] = field(default_factory=list)
     hides: list[fx.Node] = field(default_factory=list)
+    fill: float = -math.inf
     biases: list[fx.Node] = field(default_factory=list)
 
 
@@ -70,6 +74,9 @@ def recognise_attention(program: Program, verbatim: bool = False) -> int:
         if match is None:
             continue
         with provenance(program, "capture", like=node), program.graph.inserting_before(node):
+            _write_out_broadcasts(program, match)
+            if not _fits(match):
+                continue
             new = _verbatim(program, match, slots) if verbatim else _attention(program, match, slots, kinds)
         node.replace_all_uses_with(new)
         found += 1
@@ -80,8 +87,7 @@ def recognise_attention(program: Program, verbatim: bool = False) -> int:
 def _verbatim(program: Program, match: _Match, slots: Iterator[int]) -> fx.Node:
     """The dialect's node for a match as it stands, made at the insertion point."""
     k = program.call(aten.transpose.int, match.k, 2, 3) if match.k_transposed else match.k
-    masks = [*match.masks, *(program.call(aten.logical_not.default, each) for each in match.hides)]
-    mask, bias = _combined(program.call, masks, aten.logical_and), _combined(program.call, match.biases, aten.add)
+    mask, bias = _mask_and_bias(program.call, match)
     kind = Kind.EXPLICIT if match.kind is Kind.BIDIRECTIONAL and (mask or bias) else match.kind
     return program.call(
         ATTENTION, match.q, k, match.v, mask, bias, scale=match.scale, kind=str(kind), softcap=match.softcap,
@@ -112,13 +118,61 @@ def _attention(
             kind = Kind.EXPLICIT
         else:
             (kind, window), match.masks, match.hides, match.biases = known, [], [], []
-    masks = [*match.masks, *(call(aten.logical_not.default, each) for each in match.hides)]
-    mask, bias = (_combined(call, each, join) for each, join in ((masks, aten.logical_and), (match.biases, aten.add)))
-    cross = bool(match.q.meta["val"].shape[2] != k.meta["val"].shape[2])
+    mask, bias = _mask_and_bias(call, match)
+    cross = not statically_known_true(match.q.meta["val"].shape[2] == k.meta["val"].shape[2])
     return call(
         ATTENTION, match.q, k, v, mask, bias, scale=match.scale, kind=str(kind), window=window, softcap=match.softcap,
         slot=-1 if cross else next(slots),
     )  # fmt: skip
+
+
+def _write_out_broadcasts(program: Program, match: _Match) -> None:
+    """Expand single sequences and heads that PyTorch's operators broadcast: to one batch, to as many keys as values."""
+
+    def expand(name: str, axis: int, *others: str) -> None:
+        operand: fx.Node = getattr(match, name)
+        likes = [like for like in (getattr(match, other) for other in others) if _size(like, axis) != 1]
+        if _size(operand, axis) != 1 or not likes:
+            return
+        size = _size(likes[0], axis)
+        sizes: list[Any] = [-1] * 4
+        sizes[axis] = size if isinstance(size, int) else program.call(aten.sym_size.int, likes[0], axis)
+        setattr(match, name, program.call(aten.expand.default, operand, sizes))
+
+    for name, others in (("q", "kv"), ("k", "qv"), ("v", "qk")):
+        expand(name, 0, *others)
+    for name, other in (("k", "v"), ("v", "k"), ("q", "k")):
+        expand(name, 1, other)
+
+
+def _size(node: fx.Node, axis: int) -> Any:
+    """The size of a dimension: a number where it is known to be one."""
+    size = node.meta["val"].shape[axis]
+    return size if isinstance(size, int) or size.node.expr.free_symbols else int(size)
+
+
+def _fits(match: _Match) -> bool:
+    """Whether the operands have the sizes of one attention."""
+    q, k, v = (operand.meta["val"].shape for operand in (match.q, match.k, match.v))
+    same = ((q[0], k[0]), (k[0], v[0]), (k[1], v[1]), (q[1] % k[1], 0))
+    return all(statically_known_true(one == other) for one, other in same)
+
+
+def _mask_and_bias(call: Any, match: _Match) -> tuple[fx.Node | None, fx.Node | None]:
+    """What stands for the masks and biases of a match in the dialect, made at the insertion point.
+
+    The dialect gives a query that may attend to nothing zeros. Where logits are filled with a number such a query sees
+    all keys alike: the mask then becomes the lowest bias, beside which logits of any size vanish.
+    """
+    masks = [*match.masks, *(call(aten.logical_not.default, each) for each in match.hides)]
+    mask, bias = _combined(call, masks, aten.logical_and), _combined(call, match.biases, aten.add)
+    if mask is None or match.fill == -math.inf:
+        return mask, bias
+    lowest = torch.finfo(torch.float32).min
+    if bias is None:
+        return None, call(aten.where.Scalar, mask, 0.0, lowest)
+    dtype = torch.promote_types(bias.meta["val"].dtype, torch.float32)
+    return None, call(aten.where.ScalarOther, mask, call(aten._to_copy.default, bias, dtype=dtype), lowest)
 
 
 def _combined(call: Any, nodes: list[fx.Node], join: Any) -> fx.Node | None:
@@ -172,19 +226,30 @@ def _from_softmax(program: Program, node: fx.Node) -> _Match | None:
 
 
 def _peel_masks(program: Program, logits: Any, match: _Match) -> Any:
-    """Go back over masks and biases, and note them down."""
+    """Go back over masks and biases, and note them down.
+
+    It stops at a mask that fills in another value than one before, or one of which the biases behind it change.
+    """
     while True:
-        if _target(logits) is aten.masked_fill.Scalar and _hides(program, logits.args[2]):
-            match.hides.append(logits.args[1])
-            logits = _through(logits.args[0])
-        elif _target(logits) in (aten.where.self, aten.where.ScalarOther) and _hides(program, logits.args[2]):
-            match.masks.append(logits.args[0])
-            logits = _through(logits.args[1])
-        elif _target(logits) is aten.add.Tensor and not logits.kwargs and isinstance(logits.args[1], fx.Node):
+        if _target(logits) is aten.add.Tensor and not logits.kwargs and isinstance(logits.args[1], fx.Node):
             match.biases.append(logits.args[1])
             logits = _through(logits.args[0])
+            continue
+        if _target(logits) is aten.masked_fill.Scalar:
+            source, mask, value = logits.args
+            noted = match.hides
+        elif _target(logits) in (aten.where.self, aten.where.ScalarOther):
+            mask, source, value = logits.args
+            noted = match.masks
         else:
             return logits
+        fill = _number(program, value)
+        is_first = not match.masks and not match.hides
+        if not fill <= HIDDEN or (fill != match.fill and not is_first) or (fill != -math.inf and match.biases):
+            return logits
+        match.fill = fill
+        noted.append(mask)
+        logits = _through(source)
 
 
 def _peel_scale(logits: Any, match: _Match) -> Any:
@@ -208,15 +273,15 @@ def _peel_softcap(logits: Any, match: _Match) -> Any:
     return logits
 
 
-def _hides(program: Program, value: Any) -> bool:
-    """Whether logits of this value get no weight: a number, or a tensor full of one."""
+def _number(program: Program, value: Any) -> float:
+    """The number that a value is, or that fills a tensor; NaN if it is none."""
     value = _through(value)
     if isinstance(value, fx.Node) and value.op == "get_attr":
         tensor = program.tensor(str(value.target))
         value = float(tensor) if tensor.numel() == 1 else None
     elif _target(value) in (aten.full.default, aten.scalar_tensor.default):
         value = value.args[1 if value.target is aten.full.default else 0]
-    return isinstance(value, int | float) and value <= HIDDEN
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _ungrouped(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:

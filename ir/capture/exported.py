@@ -238,6 +238,7 @@ def to_program(
                 tensors[name] = value.detach()
                 environment[node] = graph.get_attr(name)
             environment[node].meta = kept_metadata(node.meta)
+            environment[node].meta["val"] = _settled(node.meta["val"])
         elif node.op == "output":
             results = fx.map_arg(node.args[0], lambda old: environment[old])
             graph.output(tuple(results))
@@ -248,6 +249,7 @@ def to_program(
     module = fx.GraphModule(tensors, graph)
     program = Program(module, tuple(inputs), outputs, source, exported.call_spec.out_spec)
     program.recompile()
+    _refuse_randomness(program)
     _check_dynamic(exported, program)
     return program
 
@@ -279,8 +281,12 @@ def copy_call(
         body = getattr(owner, str(body_node.target))
         operands = [environment[a] for a in node.args[node.args.index(body_node) + 1 :]]  # type: ignore[index]
         if region == "wrap_with_autocast" and node.args[2] is not False and node.args[2] is not None:
-            raise Unsupported("autocast inside the model", where=module_path(node), hint="Cast the model instead.")
+            raise Unsupported(
+                "autocast inside the model", where=_strip(module_path(node), root), hint="Cast the model instead."
+            )
         return _inline(graph, body, operands, tensors, root)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        raise Unsupported(f"control flow inside the model (torch.{target})", where=_strip(module_path(node), root))
     if target is operator.getitem and not isinstance(environment[node.args[0]], fx.Node):  # type: ignore[index]
         return environment[node.args[0]][node.args[1]]  # type: ignore[index]
     copy = graph.node_copy(node, lambda old: environment[old])
@@ -314,6 +320,36 @@ def kept_metadata(meta: Mapping[str, Any], root: str = ROOT) -> dict[str, Any]:
     stack = meta.get("nn_module_stack") or {}
     kept["nn_module_stack"] = {key: (_strip(str(path), root), kind) for key, (path, kind) in stack.items()}
     return kept
+
+
+def _refuse_randomness(program: Program) -> None:
+    """Refuse operators that draw random numbers; dropout in evaluation mode, and what would apply it, draws none."""
+    for node in program.nodes():
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        given = {argument.name: argument.default_value for argument in schema}
+        given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+        is_evaluated = given.get("train", given.get("training")) is False
+        if is_evaluated or 0 in (given.get("p"), given.get("dropout"), given.get("dropout_p")):
+            continue
+        raise Unsupported(
+            f"a model that draws random numbers ({node.name})",
+            where=module_path(node),
+            hint="Dropout that is no module needs training=self.training; make noise an input.",
+        )
+
+
+def _settled(value: Tensor) -> Tensor:
+    """A fake input with numbers for the sizes that the model's own code fixed: calls with others are refused."""
+    sizes = [
+        int(size) if isinstance(size, torch.SymInt) and not size.node.expr.free_symbols else size
+        for size in value.shape
+    ]
+    if all(own is size for own, size in zip(value.shape, sizes, strict=True)):
+        return value
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty(sizes, dtype=value.dtype, device=value.device)
 
 
 def _check_dynamic(exported: ExportedProgram, program: Program) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def capture_module(
     dynamic = dynamic_shapes or {name: range(min(value.ndim, 2)) for name, value in inputs.items()}
     exported = export(named(module, inputs), inputs, dynamic)
     source = source_of(module, vocabulary=_vocabulary(module), max_positions=None)
-    program = to_program(exported, source, ROLES, _output_names(outputs))
+    program = to_program(exported, source, ROLES, _output_names(outputs, inputs))
     recognise_attention(program)
     compare(program, module, inputs)
     return program
@@ -78,13 +78,24 @@ def _checked(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tens
     return dict(example)
 
 
-def _output_names(outputs: Any) -> list[str]:
-    """A name for each output leaf: its key or attribute, its index path, or `output` when there is only one."""
+def _output_names(outputs: Any, inputs: Iterable[str]) -> list[str]:
+    """A name for each output leaf: its key or attribute, its index path, or `output` when there is only one.
+
+    No two are alike, and none is that of an input.
+    """
     paths, _ = pytree.tree_flatten_with_path(outputs)
-    if any(not isinstance(value, Tensor | None) for _, value in paths):
-        raise Unsupported("outputs that are not tensors", hint="Return tensors in tuples, lists or dictionaries.")
-    names = [".".join(_entry(part) for part in path) or "output" for path, _ in paths]
-    return [name if not name[0].isdigit() else f"output_{name}" for name in names]
+    names: list[str] = []
+    for path, value in paths:
+        name = ".".join(_entry(part) for part in path) or "output"
+        if not isinstance(value, Tensor):
+            feature = f"outputs that are not tensors ({name} is {type(value).__name__})"
+            raise Unsupported(feature, hint="Return tensors in tuples, lists or dictionaries.")
+        while name[0].isdigit() or name in (*inputs, *names):
+            name = f"output_{name}"
+        names.append(name)
+    if not names:
+        raise Unsupported("a model without outputs", hint="Return tensors in tuples, lists or dictionaries.")
+    return names
 
 
 def _entry(part: Any) -> str:
