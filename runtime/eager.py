@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class EagerSession(ProgramSession):
         self.layout = cache_layout(program)
         self._written = written_buffers(program)
         has_gates = any(True for _ in program.nodes(GATE))
-        self._execute = _Gated(program).run if has_gates else program.module
+        self._execute = _Gated(program) if has_gates else program.module
 
     @torch.no_grad()
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,6 +48,9 @@ class _Gated(fx.Interpreter):
         super().__init__(program.module)
         self.extra_traceback = False
         self.gate_of = {node: gate for gate in program.nodes(GATE) for node in (*spared(gate), gate)}
+
+    def __call__(self, *inputs: Any) -> Any:
+        return copy.copy(self).run(*inputs)  # a run keeps its values in the interpreter, and threads may run at once
 
     def run_node(self, n: fx.Node) -> Any:
         gate = self.gate_of.get(n)

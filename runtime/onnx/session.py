@@ -39,7 +39,6 @@ class OnnxSession(ProgramSession):
         self.lowered = lower(program) if lowered is None else lowered
         self._session = _open(self.lowered, threads)
         self._outputs = [port.name for port in program.outputs]
-        self._binding: _StepBinding | None = None
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Session.run`."""
@@ -56,9 +55,11 @@ class OnnxSession(ProgramSession):
 
     def step_outputs(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> tuple[Tensor, ...]:
         """See `ProgramSession.step_outputs`."""
-        if self._binding is None or not self._binding.fits(values, cache, names):
-            self._binding = _StepBinding(self._session, names, values, cache, self.lowered.written)
-        return self._binding.run(values)
+        # Kept with the cache: threads that decode with one session have caches of their own.
+        binding = cache.lease
+        if not isinstance(binding, _StepBinding) or not binding.fits(self._session, values, cache, names):
+            cache.lease = binding = _StepBinding(self._session, names, values, cache, self.lowered.written)
+        return binding.run(values)
 
 
 class _StepBinding:
@@ -74,7 +75,8 @@ class _StepBinding:
     ) -> None:
         self.session, self.names = session, list(names)
         self.binding = session.io_binding()
-        self.inputs = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in values.items()}
+        with torch.inference_mode(False):  # else it could not be used again outside of that mode
+            self.inputs = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in values.items()}
         self.buffers = dict(cache.buffers)
         for name, tensor in self.inputs.items():
             self.binding.bind_ortvalue_input(name, share(tensor))
@@ -84,9 +86,15 @@ class _StepBinding:
         for name, buffer in written.items():
             self.binding.bind_ortvalue_output(name, shared[buffer])
 
-    def fits(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> bool:
-        """Whether a step with these inputs, this cache and these outputs can use the binding."""
-        if self.names != list(names):
+    def fits(
+        self,
+        session: onnxruntime.InferenceSession,
+        values: Mapping[str, Tensor],
+        cache: KVCache,
+        names: Sequence[str],
+    ) -> bool:
+        """Whether a step with this session, these inputs, this cache and these outputs can use the binding."""
+        if self.session is not session or self.names != list(names):
             return False
         same_cache = all(tensor is cache.buffers[name] for name, tensor in self.buffers.items())
         return same_cache and all(values[name].shape == mine.shape for name, mine in self.inputs.items())
