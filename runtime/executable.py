@@ -98,6 +98,11 @@ class Executable:
         return self.program.source.dtype
 
     @property
+    def decides_in_decoding(self) -> bool:
+        """Whether decoded tokens are computed in another way than those of the prompt."""
+        return self.program.input(Role.DECODE_START) is not None or bool(self.program.continuations)
+
+    @property
     def limit(self) -> int | None:
         """The longest sequence that it can hold, if there is one."""
         bounds = [bound for bound in (self.max_length, self.program.source.max_positions) if bound is not None]
@@ -354,7 +359,10 @@ class TokenModel(Executable):
             InvalidInput: the batch differs from the cache's, the sequence becomes too long, or a token id is unknown.
         """
         self.require_cache()
-        single = tokens.dim() == 1
+        if not isinstance(cache, Cache):
+            hint = "Use the cache that prefill() returned."
+            raise InvalidInput(f"the cache is a {type(cache).__name__}.", hint=hint)
+        single = isinstance(tokens, Tensor) and tokens.dim() == 1
         tokens, layout = self.prepare(tokens.unsqueeze(1) if single else tokens)
         logits = self.advance(tokens, layout, layout.rows(layout.width), cache=cache)
         return logits[:, 0] if single else logits
@@ -530,7 +538,11 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         raise InvalidInput(f"input_ids must be a tensor [batch, sequence], got {shape}.")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInput(f"input_ids is {input_ids.dtype}.", hint="Token ids are int64 or int32.")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor):
+        raise InvalidInput(f"attention_mask is a {type(attention_mask).__name__}, not a tensor.")
+    if attention_mask.shape != input_ids.shape:
         shapes = f"{list(attention_mask.shape)}, input_ids has {list(input_ids.shape)}"
         raise InvalidInput(f"attention_mask has shape {shapes}.", hint="Give one number a token.")
 

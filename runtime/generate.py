@@ -31,8 +31,10 @@ from skipstone.runtime.session import GreedySession, Session
 # What transformers hands to every forward and what a program cannot return.
 UNAVAILABLE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits", "labels")
 STEP_INPUTS = ["past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"]
-# What these loops know; with anything else, transformers' own loop runs.
-LOOP_INPUTS = frozenset(STEP_INPUTS)
+# What these loops know; with anything else, transformers' own loop runs. Tokenizers are for criteria made before.
+LOOP_INPUTS = frozenset([*STEP_INPUTS, "tokenizer", "assistant_tokenizer"])
+# Ways to decode that look inside the model.
+INSIDE_OPTIONS = ("assistant_early_exit", "use_mtp", "speculation_type")
 
 
 class GenerationCache:
@@ -190,7 +192,10 @@ class CausalLM(TokenModel, GenerationMixin):
             cache.kv.decode_start = torch.zeros_like(cache.kv.lengths) + cache.prompt
             cache.prompt = None
         if position_ids is not None:
-            position_ids = layout.to_front(self._check_positions(position_ids, tokens))
+            position_ids = layout.to_front(self._check_positions(position_ids, tokens.shape))
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            hint = "Give a number of columns, counted from the right; 0 for all."
+            raise InvalidInput(f"logits_to_keep is {logits_to_keep!r}.", hint=hint)
         rows = layout.rows(min(logits_to_keep, layout.width) or layout.width)
         kv = None if cache is None else cache.kv
         logits = self.advance(tokens, layout, rows, positions=position_ids, cache=kv, extra=extra)
@@ -215,7 +220,7 @@ class CausalLM(TokenModel, GenerationMixin):
             output object that transformers returns when asked to.
         Raises:
             InvalidInput: the prompt is empty, right-padded, too long for the tokens asked for, or holds an unknown id.
-            Unsupported: the program has no cache and was not built to do without.
+            Unsupported: the program has no cache and was not built to do without, or cannot do what is asked for.
         """
         if not self.supports_cache and self.cache_refusal is not None and kwargs.get("use_cache") is not False:
             raise self.cache_refusal
@@ -225,15 +230,24 @@ class CausalLM(TokenModel, GenerationMixin):
         # By name: in the order of the bases `Executable.generate` comes first, which refuses.
         return GenerationMixin.generate(self, prompt, generation_config=generation_config, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """Raise Unsupported: transformers' continuous batching brings attention and a cache of its own."""
+        raise Unsupported("continuous batching", hint="Call generate() on a padded batch.")
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         position_ids: Tensor | None = None,
         is_first_iteration: bool = False,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next forward pass: the last `next_sequence_length` columns, and all else as it is."""
+        """The arguments of the next forward pass: the last `next_sequence_length` columns, and all else as it is.
+
+        Tokenizers, which transformers leaves among them, end here.
+        """
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         if position_ids is not None:
@@ -254,15 +268,23 @@ class CausalLM(TokenModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Called by transformers once lengths are settled: check them, and put our cache into `model_kwargs`."""
+        for name in INSIDE_OPTIONS:
+            if getattr(generation_config, name, None) not in (None, False):
+                hint = "Pass assistant_model or prompt_lookup_num_tokens to speculate."
+                raise Unsupported(f"{name} of an optimized model", hint=hint)
         cache, mask = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask"))
-        width = (model_kwargs["position_ids"] if mask is None else mask).shape[1]
+        width = (model_kwargs["position_ids"] if mask is None else mask).shape[-1]
+        prompt: Tensor | int = width
+        if mask is not None:  # the caller's, or what transformers took for one: the tokens that are no pad tokens
+            prompt = _prompt_lengths(mask)
+        if not generation_config.use_cache and self.supports_cache:
+            self._check_without_cache(cache)
         if cache is not None:
             self._check_cache(cache)
             cache._is_user_defined = True  # transformers' mark
             # A mask of ones was dropped; its width, that of the past included, was noted down.
-            cache.prompt = getattr(generation_config, "_mask_length", width) if mask is None else mask.sum(dim=1)
+            cache.prompt = getattr(generation_config, "_mask_length", width) if mask is None else prompt
             return
-        prompt = width if mask is None else mask.sum(dim=1)
         self.check_length(int(torch.as_tensor(prompt).max()) + generation_config.max_length - width)
         if generation_config.cache_implementation is not None:
             hint = "Leave it out: the plan decides the format of the cache."
@@ -297,7 +319,12 @@ class CausalLM(TokenModel, GenerationMixin):
                 streamer=streamer,
                 **model_kwargs,
             )
-        ends = [each.eos_token_id for each in stopping_criteria if isinstance(each, EosTokenCriteria)]  # type: ignore[attr-defined]
+        positions = model_kwargs.get("position_ids")
+        if positions is not None:
+            following = generation_config.max_length - input_ids.shape[1]
+            positions = self._check_positions(positions, input_ids.shape, following)
+        # As transformers does, which takes any criterion of that kind for one that ends sequences.
+        ends = [each.eos_token_id for each in stopping_criteria if hasattr(each, "eos_token_id")]  # type: ignore[attr-defined]
         pad_token = generation_config._pad_token_tensor if ends else None
         is_plain = all(type(each) in (EosTokenCriteria, MaxLengthCriteria) for each in stopping_criteria)  # type: ignore[attr-defined]
         is_greedy = not generation_config.do_sample and not logits_processor and streamer is None
@@ -306,7 +333,7 @@ class CausalLM(TokenModel, GenerationMixin):
                 self,
                 input_ids,
                 model_kwargs.get("attention_mask"),
-                positions=model_kwargs.get("position_ids"),
+                positions=positions,
                 max_length=generation_config.max_length,
                 ends=torch.cat([each.reshape(-1) for each in ends]) if ends else None,
                 pad_token=pad_token,
@@ -315,7 +342,7 @@ class CausalLM(TokenModel, GenerationMixin):
             self,
             input_ids,
             model_kwargs.get("attention_mask"),
-            positions=model_kwargs.get("position_ids"),
+            positions=positions,
             processor=logits_processor,
             finished=stopping_criteria,
             sample=generation_config.do_sample,
@@ -326,10 +353,16 @@ class CausalLM(TokenModel, GenerationMixin):
     def _check_prompt(self, prompt: Tensor, attention_mask: Tensor | None) -> Tensor:
         _, layout = self.prepare(prompt, attention_mask)
         self._check_not_empty(layout)
-        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
-            hint = "Tokenize with padding_side='left': new tokens follow the last column."
-            raise InvalidInput("the prompt is padded on the right.", hint=hint)
         return prompt.long()
+
+    def _check_without_cache(self, cache: Any) -> None:
+        if cache is not None:
+            raise InvalidInput("past_key_values are given, with use_cache=False.", hint="Leave one of them out.")
+        if self.decides_in_decoding:
+            raise Unsupported(
+                "use_cache=False with a plan by which decoded tokens are computed in another way than prompts",
+                hint="Leave it out: without a cache, all tokens of a step would be read as a prompt.",
+            )
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, GenerationCache):
@@ -337,25 +370,47 @@ class CausalLM(TokenModel, GenerationMixin):
             raise InvalidInput(f"past_key_values is a {type(cache).__name__}.", hint=hint)
         self.require_cache()
 
-    def _check_positions(self, position_ids: Tensor, tokens: Tensor) -> Tensor:
+    def _check_positions(self, position_ids: Tensor, shape: torch.Size, following: int = 0) -> Tensor:
+        """int64 [B, S], for tokens of that shape, after which each sequence goes on by `following` tokens."""
+        if position_ids.is_floating_point():
+            raise InvalidInput(f"position_ids is {position_ids.dtype}.", hint="Positions are int64 or int32.")
         positions = position_ids.to(self.device, torch.int64)
-        if positions.dim() != 2 or positions.shape[1] != tokens.shape[1] or len(positions) not in (1, len(tokens)):
-            shapes = f"{list(positions.shape)}, input_ids has {list(tokens.shape)}"
+        if positions.dim() != 2 or positions.shape[1] != shape[1] or len(positions) not in (1, shape[0]):
+            shapes = f"{list(positions.shape)}, input_ids has {list(shape)}"
             raise InvalidInput(f"position_ids has shape {shapes}.", hint="Give one position a token.")
         source = self.program.source
         bound = None if source.max_positions is None else source.max_positions + source.first_position
-        if int(positions.min()) < 0 or (bound is not None and int(positions.max()) >= bound):
-            raise InvalidInput(f"position_ids reaches outside [0, {bound}).")
-        return positions.expand(tokens.shape).contiguous()
+        if int(positions.min()) < 0 or (bound is not None and int(positions.max()) + following >= bound):
+            reached = f"position_ids reaches outside [0, {bound})"
+            raise InvalidInput(reached + (f" with {following} new tokens." if following else "."))
+        return positions.expand(shape).contiguous()
 
     def _extra_inputs(self, named: dict[str, Any]) -> dict[str, Tensor]:
         for name in UNAVAILABLE_OUTPUTS:
             value = named.pop(name, None)
             if value is not None and value is not False:
                 raise Unsupported(f"{name} of an optimized model", hint="Ask the original model for it.")
+        named = {name: value for name, value in named.items() if value is not None}
         known = [port.name for port in self.program.inputs if port.role == Role.TENSOR]
         check_names(named, known, also=["input_ids", *STEP_INPUTS])
         return {name: value.to(self.device) for name, value in named.items()}
+
+
+def _prompt_lengths(mask: Tensor) -> Tensor:
+    """int64 [B]: the valid tokens of prompts, by their mask [B, S].
+
+    Raises:
+        InvalidInput: a prompt has none, or is padded on the right.
+    """
+    valid = mask != 0
+    counts = valid.sum(dim=1)
+    if int(counts.min()) == 0:
+        hint = "Give attention_mask where pad tokens are to be read."
+        raise InvalidInput("a row of the prompt has no valid token.", hint=hint)
+    if not bool(valid[:, -1].all()):
+        hint = "Tokenize with padding_side='left': new tokens follow the last column."
+        raise InvalidInput("the prompt is padded on the right.", hint=hint)
+    return counts
 
 
 def _new_columns(mask: Tensor | None, input_ids: Tensor, cache: GenerationCache) -> Tensor | None:
