@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.ir.errors import InvalidInput
+from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Role
 from skipstone.runtime.grouped_cache import UNDECIDED, GroupedCache
 from skipstone.runtime.session import ProgramSession
@@ -19,6 +19,7 @@ class PromptSession:
     """Reads prompts with one session, and goes on with each sequence with the one that its prompt chose.
 
     The sequences of a step that go on with the same program run together; see `skipstone.runtime.session.Session`.
+    Prompts are read whole, since all of a prompt chooses. A step that goes on behind them is made in two.
 
     Args:
         prompts: of a program with continuations.
@@ -34,11 +35,20 @@ class PromptSession:
         return self.prompts.run(values)
 
     def step(self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: Any) -> Tensor:
-        """See `Session.step`."""
+        """See `Session.step`.
+
+        Raises:
+            InvalidInput: the cache has another batch or layout, or no room.
+            Unsupported: the step ends within a prompt.
+        """
         if not isinstance(cache, GroupedCache):
             raise InvalidInput("the cache was made for another program.", hint="Use the cache that prefill() returned.")
         if UNDECIDED in cache.groups:
             whole = cache.groups[UNDECIDED].cache
+            # Where nobody said how long prompts are, they are what is read first.
+            prompt = torch.where(whole.decode_start > 0, whole.decode_start - whole.lengths, count)
+            if not torch.equal(count, prompt):
+                return self._step_beyond(prompt, tokens, positions, count, logit_rows, cache)
             roles = (Role.LOGITS,) if len(self.continuations) == 1 else (Role.LOGITS, Role.CHOICE)
             logits, *choice = self.prompts.step_roles(tokens, positions, count, logit_rows, whole, *roles)
             cache.decide(choice[0] if choice else torch.zeros_like(count))
@@ -54,6 +64,30 @@ class PromptSession:
         rows = torch.cat([group.rows for group in cache.groups.values()])
         together = torch.cat(parts)
         return torch.empty_like(together).index_copy_(0, rows, together)
+
+    def _step_beyond(
+        self,
+        prompt: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        count: Tensor,
+        logit_rows: Tensor,
+        cache: GroupedCache,
+    ) -> Tensor:
+        """`step`, where a sequence has more tokens than the `prompt` [B] that it begins with, as speculation has."""
+        if bool((count < prompt).any()):
+            hint = "Read each prompt in one step; leave out prefill_chunk_size."
+            raise Unsupported("reading a prompt in pieces where all of it chooses what is skipped", hint=hint)
+        behind, begin = count - prompt, prompt.unsqueeze(1)
+        width = int(behind.max())
+        cache.grow(max(cache.capacity, int(prompt.max()) + width))  # short prompts may have more behind them
+        logits = self.step(tokens, positions, prompt, logit_rows.minimum((begin - 1).clamp(min=0)), cache).clone()
+        cache.advance(prompt)
+        columns = (begin + torch.arange(width, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
+        rows = (logit_rows - begin).clamp(0, width - 1)
+        later = self.step(tokens.gather(1, columns), positions.gather(1, columns), behind, rows, cache)
+        cache.advance(-prompt)  # whoever asks for the step counts all of it in
+        return torch.where((logit_rows < begin).unsqueeze(-1), logits, later)
 
     def new_cache(self, batch: int, capacity: int) -> GroupedCache:
         """See `Session.new_cache`."""

@@ -131,7 +131,7 @@ class GroupedCache(Cache):
     def select(self, index: Tensor | Sequence[int]) -> None:
         """See `Cache.select`."""
         index = self._index(index)
-        place = self._in_order([torch.arange(len(group.rows)) for group in self.groups.values()])
+        place = self._in_order([torch.arange(len(each.rows), device=index.device) for each in self.groups.values()])
         choice = self.choice[index]
         groups = {}
         for number, group in self.groups.items():

@@ -29,7 +29,7 @@ from skipstone.optimize import rewrite
 from skipstone.passes.skip_by_prompt import BIAS, CENTROIDS, WEIGHT
 from skipstone.runtime.by_prompt import PromptSession
 from skipstone.runtime.eager import EagerSession
-from skipstone.runtime.executable import Executable
+from skipstone.runtime.executable import Executable, Layout
 from skipstone.runtime.grouped_cache import UNDECIDED, GroupedCache
 from skipstone.runtime.onnx.session import OnnxSession
 from tests import models
@@ -380,10 +380,46 @@ def test_a_session_is_used_again_without_a_new_binding() -> None:
     ids = batch()[:1]
     _, kept = opt.prefill(ids[:, :PROMPT])
     opt.decode(ids[:, PROMPT], kept)
-    session = opt.session.continuations[int(kept.choice[0])]
-    binding = session._binding
+    (group,) = kept.groups.values()
+    binding = group.cache.lease
+    assert binding is not None
     opt.decode(ids[:, PROMPT + 1], kept)
-    assert session._binding is binding
+    assert group.cache.lease is binding
+
+
+def test_a_step_that_goes_on_behind_prompts_is_two() -> None:
+    opt, lengths = executable("llama"), torch.tensor([PROMPT, PROMPT - 2, PROMPT - 1, PROMPT - 3])
+    counts = torch.tensor([LENGTH, PROMPT, PROMPT + 3, PROMPT - 3])
+    cache = opt.new_cache(BATCH, LENGTH, spare=0)
+    cache.decode_start = lengths
+    layout = Layout(LENGTH, counts, None)
+    together = opt.advance(batch(), layout, layout.rows(LENGTH), cache=cache)
+    assert cache.lengths.tolist() == counts.tolist() and cache.decode_start.tolist() == lengths.tolist()
+    after = opt.decode(batch()[:, :2], cache)
+    for number, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
+        row = batch()[[number], :count]
+        alone, kept = opt.prefill(row[:, :length])
+        assert_close(together[number, length - 1], alone[0])
+        for place in range(length, count):
+            assert_close(together[number, place], opt.decode(row[:, place], kept)[0])
+        assert_close(after[number], opt.decode(batch()[[number], :2], kept)[0])
+
+
+def test_assisted_generation_reads_no_guess_as_a_prompt() -> None:
+    opt, assistant = lowered(), models.model("llama")
+    options: Any = {"max_new_tokens": 24, "eos_token_id": None, "do_sample": False}
+    for row in batch()[:, :PROMPT]:
+        expected = opt.generate(row[None], **options)
+        assert torch.equal(opt.generate(row[None], **options, assistant_model=assistant), expected)
+
+
+def test_prompts_are_read_whole_and_first() -> None:
+    opt: Any = executable("llama")
+    ids = batch()[:, :PROMPT]
+    with pytest.raises(Unsupported, match="prompt in pieces"):
+        opt.generate(ids, max_new_tokens=2, prefill_chunk_size=2)
+    with pytest.raises(Unsupported, match="use_cache=False"):
+        opt.generate(ids, max_new_tokens=2, use_cache=False)
 
 
 def test_bfloat16_is_as_exact_as_hugging_face() -> None:
