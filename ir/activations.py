@@ -134,9 +134,10 @@ def root_of(program: Program) -> fx.Node:
         node = program.input(role)
         if node is not None:
             return node
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.meta["val"].is_floating_point() and node.users:
-            return node  # type: ignore[no-any-return]
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and node.users:
+            return node
     raise Unsupported("a residual stream in a program without a token, embedding or floating-point input")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache, ViTConfig, ViTModel
 
 import skipstone
 from skipstone import FuseParallel, LayerParallel, Plan, Segment, SkipSublayers
@@ -253,6 +253,23 @@ def test_embeddings_instead_of_tokens(llama: PreTrainedModel) -> None:
     fast, _ = compiled(llama, Plan([SkipSublayers(layers=(0, 2))]))
     hidden = llama.model.embed_tokens(tokens(2, 5))
     close(fast(inputs_embeds=hidden).logits, without(llama, (0, 2), (0, 2))(inputs_embeds=hidden).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_images(dynamic: bool | None) -> None:
+    """Neither tokens nor embeddings: activations come from the one input of numbers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.2)).eval()
+    plan = Plan([SkipSublayers(layers=(1,)), FuseParallel()])
+    fast, reports = compiled(model, plan, dynamic=dynamic)
+    shorter = copy.deepcopy(model)
+    del next(each for each in shorter.modules() if isinstance(each, nn.ModuleList))[1]
+    for batch in (2, 3):
+        pixels = torch.randn(batch, 3, 16, 16)
+        close(fast(pixel_values=pixels).last_hidden_state, shorter(pixel_values=pixels).last_hidden_state)
+    assert "ffn of layer 1 skipped" in str(reports[0])
 
 
 @torch.no_grad()

@@ -161,8 +161,9 @@ def test_a_plan_must_fit() -> None:
     assert "holds no layer" in refusal(
         InvalidPlan, Blocks(), x(), options={"plan": Plan([LayerParallel((Segment(1, 1),))])}
     )
-    assert refusal(Unsupported, lambda x: x + torch.tanh(x @ x.mT), torch.randn(4, 4), options={"plan": SKIP}) == (
-        "unsupported: a compiled frame without token ids [B, S] or embeddings [B, S, H]. "
+    two = torch.randn(4, 4), torch.randn(4, 4)
+    assert refusal(Unsupported, lambda x, y: x + torch.tanh(x @ y.mT), *two, options={"plan": SKIP}) == (
+        "unsupported: a compiled frame without token ids [B, S], embeddings [B, S, H], or a single input of numbers. "
         "Compile the model itself: torch.compile(model, backend='skipstone')."
     )
 

@@ -250,8 +250,10 @@ def _source(root: str, tensors: Mapping[str, Tensor]) -> Source:
 def _with_roles(program: Program) -> tuple[Port, ...]:
     """The inputs, of which one is the tokens (the first ids that are looked up in a table) or else the embeddings.
 
+    Where there is neither, activations come from the one input of numbers: images, sound.
+
     Raises:
-        Unsupported: there are neither.
+        Unsupported: there are several of these, or none.
     """
     looked_up: set[fx.Node] = set()
     for node in program.nodes(aten.embedding.default):
@@ -269,8 +271,10 @@ def _with_roles(program: Program) -> tuple[Port, ...]:
     for name, value in tensors.items():
         if value.is_floating_point() and value.ndim == 3:
             return _as(program, name, Role.EMBEDDINGS)
+    if sum(value.is_floating_point() for value in tensors.values()) == 1:
+        return program.inputs
     raise Unsupported(
-        "a compiled frame without token ids [B, S] or embeddings [B, S, H]",
+        "a compiled frame without token ids [B, S], embeddings [B, S, H], or a single input of numbers",
         hint="Compile the model itself: torch.compile(model, backend='skipstone').",
     )
 

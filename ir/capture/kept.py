@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from skipstone.ir.activations import root_of
 from skipstone.ir.capture.dynamo import Frame
 from skipstone.ir.dialect import ATTENTION
 from skipstone.ir.errors import Unsupported
-from skipstone.ir.program import Program, Role, module_path, provenance
+from skipstone.ir.program import Program, module_path, provenance
 
 aten = torch.ops.aten
 
@@ -58,13 +59,12 @@ def set_caches_apart(frame: Frame) -> None:
 
 
 def _computed(program: Program) -> set[fx.Node]:
-    """The floating-point values that are computed from the tokens or embeddings."""
-    root = program.input(Role.TOKENS) or program.input(Role.EMBEDDINGS)
-    reached = {root}
+    """The floating-point values that are computed from the tokens, the embeddings or what stands for them."""
+    reached = {root_of(program)}
     for node in program.nodes():
         if isinstance(node.meta.get("val"), Tensor) and not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
-    return {node for node in reached if node is not None and node.meta["val"].is_floating_point()}
+    return {node for node in reached if node.meta["val"].is_floating_point()}
 
 
 def _rows(operands: Sequence[Any], computed: set[fx.Node]) -> list[fx.Node]:
