@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from skipstone.ir.errors import ArtifactError
+from skipstone.ir.errors import ArtifactError, InvalidInput
 
 
 @contextmanager
@@ -38,3 +39,14 @@ def new_directory(directory: Path) -> Iterator[Path]:
                 raise
     except OSError as error:
         raise ArtifactError(f"Cannot write {directory}: {error.strerror or error}.") from error
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what cannot be saved into a directory as a tokenizer, before any work begins.
+
+    Raises:
+        InvalidInput: it is no tokenizer of transformers.
+    """
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        hint = "Load it with AutoTokenizer.from_pretrained(name)."
+        raise InvalidInput(f"the tokenizer is {type(tokenizer).__name__}.", hint=hint)

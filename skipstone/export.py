@@ -18,7 +18,7 @@ from skipstone.ir.program import Program, Role
 from skipstone.optimize import Stages, cache_line, capture, carried_out, check_model, check_plan, report_of, rewrite
 from skipstone.plan import Plan
 from skipstone.report import Report
-from skipstone.runtime.directory import new_directory
+from skipstone.runtime.directory import check_tokenizer, new_directory
 from skipstone.runtime.onnx.columns import ColumnForms, in_columns
 from skipstone.runtime.onnx.files import DECODE_FILE, MODEL_FILE, Weights, write
 from skipstone.runtime.onnx.forms import OnnxForms
@@ -83,6 +83,7 @@ def export_onnx(
     if format not in get_args(Format):
         raise InvalidInput(f"unknown format {format!r}.", hint="Formats are 'onnx' and 'genai'.")
     check_opset(opset)
+    check_tokenizer(tokenizer)
     _check_directory(directory, overwrite)
     plan = Plan([]) if plan is None else plan
     refuse_unusable(model)

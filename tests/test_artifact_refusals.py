@@ -429,6 +429,14 @@ def test_bytes_that_are_no_onnx_model_are_refused(with_onnx: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+def test_what_is_no_tokenizer_is_refused_before_work_begins(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"the tokenizer is str\. Load it with AutoTokenizer"):
+        cases.odd().save(tmp_path / "saved", tokenizer="gpt2")
+    with pytest.raises(InvalidInput, match="the tokenizer is str"):
+        skipstone.export_onnx(torch.nn.Identity(), tmp_path / "exported", tokenizer="gpt2")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
     opt = cases.odd()
     (tmp_path / "file").write_text("mine")

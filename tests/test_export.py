@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,10 +171,57 @@ def test_the_runner_stops_at_the_end_token(decoder, tmp_path) -> None:
     stopped = runner.generate(prompts, max_new_tokens=12)
     assert stopped[0] == free[0][: first + 1]
     assert stopped[1] == free[1] or stopped[1][-1] in runner.ends
-    with pytest.raises(InvalidInput, match="empty"):
-        runner.generate([[1], []], 3)
     with pytest.raises(ArtifactError, match=r"holds no model\.onnx"):
         Runner(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "message"),
+    [
+        ([], 3, "a prompt is empty"),
+        ([[1], []], 3, "a prompt is empty"),
+        ("text", 3, "prompts are a text"),
+        (["text"], 3, "no list of integers"),
+        ([1, 2], 3, "no list of integers"),
+        ([[0.5]], 3, "no list of integers"),
+        ([[3, -1]], 3, "-1 is no token of the model"),
+        ([[3], [VOCABULARY]], 3, f"{VOCABULARY} is no token of the model"),
+        ([[3] * 126], 3, "129 tokens is longer than 128"),
+        ([[3]], 0, "max_new_tokens is 0"),
+        ([[3]], 2.0, "max_new_tokens is 2.0"),
+    ],
+)
+def test_the_runner_refuses_what_it_cannot_continue(prompts, count, message, decoder) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Runner(decoder, threads=1).generate(prompts, count)
+
+
+def test_the_runner_takes_arrays_up_to_the_last_position(decoder) -> None:
+    runner = Runner(decoder, threads=1)
+    prompts = tokens(2, 120)
+    assert runner.generate(prompts, 8) == runner.generate(prompts.numpy(), 8) == runner.generate(prompts.tolist(), 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("model.onnx", 1000), ("model.onnx.data", 1000), ("generation_config.json", 3)]
+)
+def test_the_runner_names_a_damaged_file(name: str, size: int, decoder, tmp_path) -> None:
+    shutil.copytree(decoder, copied := tmp_path / "copied")
+    os.truncate(copied / name, size)
+    with pytest.raises(ArtifactError, match=r"Cannot (open|read) .*copied"):
+        Runner(copied)
+    with pytest.raises(InvalidInput, match="threads is 0"):
+        Runner(decoder, threads=0)
+
+
+def test_the_runner_ends_in_one_line(decoder, tmp_path) -> None:
+    (tmp_path / "model.onnx").symlink_to(decoder / "model.onnx")
+    (tmp_path / "model.onnx.data").symlink_to(decoder / "model.onnx.data")
+    (tmp_path / "tokenizer.json").write_text("{")
+    command = [sys.executable, "-m", "skipstone.runtime.onnx.runner"]
+    for directory, message in (("absent", "absent holds no model.onnx"), (str(tmp_path), "tokenizer.json")):
+        done = subprocess.run([*command, directory, "x"], capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_the_runner_imports_no_torch() -> None:
@@ -325,6 +374,7 @@ def test_what_stands_there_is_not_replaced(tmp_path) -> None:
         ({"format": "gguf"}, "unknown format 'gguf'"),
         ({"opset": 22}, "opset 22 cannot be written. Versions 23 to"),
         ({"opset": 1000}, "opset 1000"),
+        ({"opset": "24"}, "opset '24'"),
     ],
 )
 def test_wrong_options(options, message, tmp_path) -> None:

@@ -18,6 +18,7 @@ from skipstone.runtime.artifact.graph import Sizes, program_from_data, program_t
 from skipstone.runtime.artifact.onnx_model import lowered_model
 from skipstone.runtime.artifact.store import Store, new_directory, reading, write_json
 from skipstone.runtime.by_prompt import PromptSession
+from skipstone.runtime.directory import check_tokenizer
 from skipstone.runtime.onnx.lower import LoweredModel
 from skipstone.runtime.onnx.session import OnnxSession
 from skipstone.runtime.session import ProgramSession, Session
@@ -37,6 +38,7 @@ def save(
     compiled_for: Sequence[int] = (),
 ) -> None:
     """Write an executable to a directory; see `Executable.save`."""
+    check_tokenizer(tokenizer)
     sessions = parts_of(executable.session)
     if compiled_for:
         packages.check_batches(sessions, compiled_for)

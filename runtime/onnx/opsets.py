@@ -20,9 +20,9 @@ def check_opset(opset: int) -> None:
         InvalidInput: it is lower than `OPSET`, or newer than the installed ONNX knows.
     """
     newest = onnx.defs.onnx_opset_version()
-    if not OPSET <= opset <= newest:
+    if type(opset) is not int or not OPSET <= opset <= newest:
         hint = f"Versions {OPSET} to {newest} can be written here."
-        raise InvalidInput(f"opset {opset} cannot be written.", hint=hint)
+        raise InvalidInput(f"opset {opset!r} cannot be written.", hint=hint)
 
 
 def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:

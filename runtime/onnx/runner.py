@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime import OrtValue
 
-from skipstone.ir.errors import ArtifactError, InvalidInput
+from skipstone.ir.errors import ArtifactError, InvalidInput, SkipstoneError
 
 MODEL_FILE = "model.onnx"
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -34,10 +35,13 @@ class Runner:
         directory: what it wrote.
         threads: threads that one operator may use, None for one a core.
     Raises:
-        ArtifactError: there is no model with a KV cache.
+        ArtifactError: there is no model with a KV cache, or a file is damaged.
+        InvalidInput: there cannot be so many threads.
     """
 
     def __init__(self, directory: str | Path, threads: int | None = None) -> None:
+        if threads is not None and not _is_positive(threads):
+            raise InvalidInput(f"threads is {threads!r}, expected at least 1, or None.")
         self.directory = Path(directory)
         model = self.directory / MODEL_FILE
         if not model.is_file():
@@ -49,6 +53,7 @@ class Runner:
         own = range(len(list(self.directory.glob("decode_*.onnx"))))
         self.steps = [_Graph(self.directory / f"decode_{number}.onnx", threads) for number in own] or [self.prompts]
         self.ends = self._end_tokens()
+        self.limit = self._limit()
 
     @cached_property
     def in_place(self) -> bool:
@@ -59,12 +64,13 @@ class Runner:
         """Continue prompts, each until its end token.
 
         Args:
-            prompts: token ids of each sequence; shorter ones are padded on the left.
+            prompts: token ids of each sequence, integers; shorter ones are padded on the left.
             max_new_tokens: the most tokens to add to each.
         Returns:
             the new tokens of each sequence, with the end token where it came.
         Raises:
-            InvalidInput: there is nothing to continue, or no token to add.
+            InvalidInput: there is nothing to continue, no token to add, or no place for all of them; or something is no
+                token of the model.
         """
         new: list[list[int]] = [[] for _ in prompts]
         for step in self._steps(prompts, max_new_tokens):
@@ -79,20 +85,29 @@ class Runner:
 
     def _steps(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Step]:
         """The steps of all sequences; those of one choice go on together."""
-        if max_new_tokens < 1:
-            raise InvalidInput(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            raise InvalidInput("a prompt is empty.", hint="Give at least one token a sequence.")
-        width = max(map(len, prompts))
+        if not _is_positive(max_new_tokens):
+            raise InvalidInput(f"max_new_tokens is {max_new_tokens!r}, expected at least 1.")
+        arrays = _checked(prompts)
+        width = max(map(len, arrays))
+        if self.limit is not None and (longest := width + max_new_tokens) > self.limit:
+            raise InvalidInput(
+                f"a sequence of {longest} tokens is longer than {self.limit} (the model's positions).",
+                hint="Shorten the prompt or ask for fewer new tokens.",
+            )
         columns = width + max_new_tokens - 1  # the last token is never read
-        tokens = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], np.int64)
-        mask = np.ones((len(prompts), columns), np.int64)
-        for row, prompt in enumerate(prompts):
-            mask[row, : width - len(prompt)] = 0
+        tokens, mask = np.zeros((len(arrays), width), np.int64), np.zeros((len(arrays), columns), np.int64)
+        for row, prompt in enumerate(arrays):
+            tokens[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
         cache = self.prompts.empty_cache(len(prompts), columns if self.in_place else 0)
         reading = _Binding(self.prompts, cache, self.in_place)
         reading.bind_prompts(tokens, mask[:, :width])
-        results = reading.run()
+        try:
+            results = reading.run()
+        except RuntimeError as error:  # ONNX Runtime's: it alone knows how many tokens have an embedding
+            if (largest := int(tokens.max())) < self.prompts.vocabulary:
+                raise
+            raise InvalidInput(f"{largest} is no token of the model.", hint="Use its tokenizer.") from error
         first = np.from_dlpack(results["logits"])[:, -1].argmax(axis=-1)
         choice = results["choice"].numpy() if "choice" in results else np.zeros(len(prompts), np.int64)
         for number in np.unique(choice):
@@ -132,24 +147,42 @@ class Runner:
         """The prompt and its continuation, by the tokenizer in the directory.
 
         Raises:
-            ArtifactError: there is no tokenizer.
+            ArtifactError: there is no tokenizer, or it is damaged.
+            InvalidInput: as of `generate`.
         """
         from tokenizers import Tokenizer
 
         file = self.directory / "tokenizer.json"
         if not file.is_file():
             raise ArtifactError(f"{self.directory} holds no tokenizer.json.", hint="Export it with a tokenizer.")
-        tokenizer = Tokenizer.from_file(str(file))
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # it raises nothing more special
+            raise ArtifactError(f"Cannot read {file}: {error}.") from error
         tokens = tokenizer.encode(prompt).ids
         text: str = tokenizer.decode([*tokens, *self.generate([tokens], max_new_tokens)[0]])
         return text
 
     def _end_tokens(self) -> list[int]:
         """The tokens that end a sequence, as the generation config says."""
-        file = self.directory / "generation_config.json"
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        end = content.get("eos_token_id")
+        end = self._json("generation_config.json").get("eos_token_id")
         return end if isinstance(end, list) else [] if end is None else [end]
+
+    def _limit(self) -> int | None:
+        """The longest sequence that the model has positions for, as its configuration says."""
+        config = self._json("config.json")
+        config = config.get("text_config") or config
+        limit: int | None = config.get("max_position_embeddings") or config.get("n_positions")
+        return limit
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """What a JSON file holds; nothing where there is none."""
+        file = self.directory / name
+        try:
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise ArtifactError(f"Cannot read {file}: {error}.") from error
+        return content
 
 
 class _Graph:
@@ -158,7 +191,11 @@ class _Graph:
     def __init__(self, path: Path, threads: int | None) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's have no other base
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ArtifactError(f"Cannot open {path}: {reason}.", hint="Was it copied completely?") from error
         self.inputs = [each.name for each in self.session.get_inputs()]
         self.outputs = [each.name for each in self.session.get_outputs()]
         self.caches = {each.name: each for each in self.session.get_inputs() if each.name.startswith(_PAST)}
@@ -244,6 +281,26 @@ class _Binding:
         return {name: results[name] for name in self.new}
 
 
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+
+
+def _checked(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Prompts as arrays, none of them empty."""
+    hint = "Give a list of prompts, each a list of token ids."
+    if isinstance(prompts, str):
+        raise InvalidInput("prompts are a text.", hint=hint)
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if not rows or not all(row.size for row in rows):
+        raise InvalidInput("a prompt is empty.", hint="Give at least one token a sequence.")
+    for row in rows:
+        if row.ndim != 1 or row.dtype.kind not in "iu":
+            raise InvalidInput("a prompt is no list of integers.", hint=hint)
+        if row.min() < 0:
+            raise InvalidInput(f"{row.min()} is no token of the model.", hint="Use its tokenizer.")
+    return rows
+
+
 def _zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Zeros that begin where a cache line does, as numpy's do not; attention reads them faster."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -262,16 +319,21 @@ def _rows(cache: Mapping[str, OrtValue], rows: list[int]) -> dict[str, OrtValue]
     return {name: OrtValue.ortvalue_from_numpy(value.numpy()[rows]) for name, value in cache.items()}
 
 
-def main() -> None:
-    """Continue a text from the command line."""
+def main() -> int:
+    """Continue a text from the command line; the exit code is 2 for what cannot be continued."""
     parser = argparse.ArgumentParser(description="Continue a text with an exported model.")
     parser.add_argument("directory")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--threads", type=int, metavar="N")
     arguments = parser.parse_args()
-    print(Runner(arguments.directory, arguments.threads).continue_text(arguments.prompt, arguments.max_new_tokens))
+    try:
+        print(Runner(arguments.directory, arguments.threads).continue_text(arguments.prompt, arguments.max_new_tokens))
+    except SkipstoneError as error:
+        print(f"skipstone: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
