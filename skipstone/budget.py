@@ -58,12 +58,15 @@ class Budget:
             raise UserError("a budget without a limit.", hint="Write Budget(nll=0.01), or give kl, top1 or evaluate.")
         for name in ("nll", "kl", "max_drop"):
             limit = getattr(self, name)
-            if limit is not None and not (math.isfinite(limit) and limit >= 0):
-                raise UserError(f"budget: {name} is {limit}, expected a number of 0 or more.")
-        if self.top1 is not None and not 0 <= self.top1 <= 1:
-            raise UserError(f"budget: top1 is {self.top1}, expected a share between 0 and 1.")
-        if not 0.5 <= self.confidence < 1:
-            raise UserError(f"budget: confidence is {self.confidence}, expected a number in [0.5, 1).")
+            if limit is not None and not (_is_number(limit) and limit >= 0):
+                raise UserError(f"budget: {name} is {limit!r}, expected a number of 0 or more.")
+        if self.top1 is not None and not (_is_number(self.top1) and 0 <= self.top1 <= 1):
+            raise UserError(f"budget: top1 is {self.top1!r}, expected a share between 0 and 1.")
+        if not (_is_number(self.confidence) and 0.5 <= self.confidence < 1):
+            raise UserError(f"budget: confidence is {self.confidence!r}, expected a number in [0.5, 1).")
+        if self.evaluate is not None and not callable(self.evaluate):
+            hint = "Give a function that takes an executable and returns a score."
+            raise UserError(f"budget: evaluate is {self.evaluate!r}.", hint=hint)
         if (self.evaluate is None) != (self.max_drop is None):
             raise UserError("budget: evaluate and max_drop belong together.", hint="Give both, or neither.")
 
@@ -71,6 +74,10 @@ class Budget:
     def limits(self) -> dict[str, float]:
         """The limits on predictions, by metric."""
         return {name: limit for name in METRICS if (limit := getattr(self, name)) is not None}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)

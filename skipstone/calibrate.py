@@ -78,9 +78,17 @@ def tokenize(texts: Sequence[str], tokenizer: Any, length: int = 512) -> list[Te
         tokenizer: a Hugging Face tokenizer.
         length: tokens a window.
     Raises:
-        InvalidInput: there is no text that has tokens.
+        InvalidInput: there is no text that has tokens, it is no list of texts, or windows would be empty.
     """
-    ids = [torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64) for text in texts]
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise InvalidInput("expected a list of texts to tokenize.", hint="Write tokenize([text], tokenizer).")
+    if not callable(tokenizer):
+        hint = "Load it with AutoTokenizer.from_pretrained(name)."
+        raise InvalidInput(f"the tokenizer is {type(tokenizer).__name__}.", hint=hint)
+    if length < 1:
+        raise InvalidInput(f"length is {length}, expected at least 1.")
+    # Verbose tokenizers warn of texts that are longer than the model takes, which windows are not.
+    ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64) for text in texts]
     windows = [window.unsqueeze(0) for each in ids if len(each) for window in each.split(length)]
     if not windows:
         raise InvalidInput("the calibration texts hold no tokens.")
@@ -97,10 +105,8 @@ def token_batches(data: CalibrationData, source: Source) -> list[Batch]:
     Raises:
         InvalidInput: it is empty, or a batch has the wrong shape, type or token ids; the message says which.
     """
-    if isinstance(data, Tensor | Mapping):
-        data = [data]
     batches = []
-    for number, item in enumerate(data):
+    for number, item in enumerate(items(data)):
         where = f"calibration batch {number}"
         tokens, mask, labels = read_item(item, where)
         vocabulary, longest = source.vocabulary, source.max_positions
@@ -118,6 +124,19 @@ def token_batches(data: CalibrationData, source: Source) -> list[Batch]:
     if not batches:
         raise InvalidInput("the calibration data is empty.", hint="Give at least one batch of tokens.")
     return batches
+
+
+def items(data: CalibrationData) -> Iterable[Tensor | Mapping[str, Tensor]]:
+    """The items of calibration data, which may be a single one.
+
+    Raises:
+        InvalidInput: it is nothing of the kind.
+    """
+    if isinstance(data, Tensor | Mapping):
+        return [data]
+    if not isinstance(data, Iterable):
+        raise InvalidInput(f"calibration data is {type(data).__name__}.", hint="Give a list of token batches.")
+    return data
 
 
 def joined(batches: Sequence[Batch], tokens: int = JOINED_TOKENS) -> list[Batch]:
@@ -163,6 +182,8 @@ def read_item(item: Tensor | Mapping[str, Tensor], where: str) -> tuple[Tensor, 
     names = ("attention_mask", "labels")
     mask, labels = (item.get(name) if isinstance(item, Mapping) else None for name in names)
     for name, each in zip(names, (mask, labels), strict=True):
+        if each is not None and not isinstance(each, Tensor):
+            raise InvalidInput(f"{where}: {name} is {type(each).__name__}, expected a tensor.")
         if each is not None and each.shape != tokens.shape:
             raise InvalidInput(f"{where}: {name} {list(each.shape)} for tokens {list(tokens.shape)}.")
     return tokens, mask, labels

@@ -11,6 +11,7 @@ from skipstone.adaptive import calibrate_adaptive_ffn
 from skipstone.budget import Budget, hold_out
 from skipstone.calibrate import Batch, CalibrationData, joined, token_batches
 from skipstone.ir.capture.exported import refuse_unusable
+from skipstone.ir.errors import UserError
 from skipstone.ir.program import Program
 from skipstone.optimize import capture
 from skipstone.passes.fuse_parallel import FuseParallel
@@ -94,6 +95,9 @@ def find_layer_parallel(
         Unsupported: no segment keeps the budget, or those that do are predicted to save too little.
     """
     refuse_unusable(model)
+    if not isinstance(budget, Budget):
+        hint = "Write Budget(nll=0.01)."
+        raise UserError(f"budget is {type(budget).__name__}, expected skipstone.Budget.", hint=hint)
     program = capture(model, example_inputs)
     segment = choose_segment(program, _chosen_on(calibration, program, budget), budget, **settings)
     return Plan([LayerParallel((segment,)), FuseParallel()], model=program.source.fingerprint)

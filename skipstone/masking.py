@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from skipstone.calibrate import IGNORED, CalibrationData, read_item
+from skipstone.calibrate import IGNORED, CalibrationData, items, read_item
 from skipstone.ir.errors import InvalidInput
 
 
@@ -32,12 +31,15 @@ def mask_tokens(
         mappings with `input_ids`, `attention_mask` and `labels` as transformers has them: int64 [B, S], labels -100
         where nothing is masked.
     Raises:
-        InvalidInput: the share is out of range, or an item is no batch of tokens or holds the mask token.
+        InvalidInput: the share is out of range, the mask token is no token id, or an item is no batch of tokens or
+            holds the mask token.
     """
     if share is not None and not 0 < share <= 1:
         raise InvalidInput(f"share is {share}, expected a number above 0 and up to 1.")
-    items: list[Any] = [data] if isinstance(data, Tensor | Mapping) else list(data)
-    batches = [read_item(item, f"batch {number}") for number, item in enumerate(items)]
+    if isinstance(mask_token, bool) or not isinstance(mask_token, int):
+        hint = "Give the token id that stands for a masked token, as the model's configuration has it."
+        raise InvalidInput(f"mask_token is {mask_token!r}.", hint=hint)
+    batches = [read_item(item, f"batch {number}") for number, item in enumerate(items(data))]
     generator = torch.Generator().manual_seed(seed)
     sequences = sum(len(tokens) for tokens, *_ in batches)
     order = torch.randperm(sequences, generator=generator).double()

@@ -87,6 +87,12 @@ def test_what_cannot_be_masked_is_refused(data: Any, options: dict[str, Any], me
         mask_tokens(data, MASK, **options)
 
 
+@pytest.mark.parametrize("token", [None, True, "[MASK]"])
+def test_what_is_no_mask_token_is_refused(token: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"mask_token is .*Give the token id"):
+        mask_tokens(texts(1, 4), token)
+
+
 def test_calibration_data_takes_labels_along() -> None:
     source, mask = program().source, torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     (item,) = mask_tokens({"input_ids": texts(2, 6), "attention_mask": mask}, MASK)

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from skipstone import Budget, FuseParallel, LayerParallel, Segment, find_layer_parallel, segments
 from skipstone.budget import hold_out
 from skipstone.calibrate import Batch, token_batches
-from skipstone.errors import InvalidInput, InvalidPlan, Unsupported
+from skipstone.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.device import DeviceProfile
 from skipstone.ir.program import Program
@@ -291,6 +291,8 @@ def test_a_plan_is_chosen_on_data_that_is_not_held_out(
     held = hold_out(token_batches([ids], constant_program.source))[1]
     assert sum(len(each.tokens) for each in read) == 6
     assert not {tuple(row.tolist()) for row in rows(read)} & {tuple(row.tolist()) for row in rows(held)}
+    with pytest.raises(UserError, match="budget is float"):
+        find_layer_parallel(constant, [ids], 0.01, **settings)  # type: ignore[arg-type]
     read.clear()
     find_layer_parallel(constant, [ids], Budget(nll=0.01, validation=[models.tokens(4, 12, seed=5)]), **settings)
     assert sum(len(each.tokens) for each in read) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import pytest
 import torch
@@ -86,10 +87,38 @@ def test_measuring_in_batches_is_measuring_at_once() -> None:
     assert not torch.allclose(first, last, atol=1e-2)
 
 
-def test_texts_become_windows() -> None:
-    def tokenizer(text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+def tokenizer(text: str, verbose: bool) -> dict[str, list[int]]:
+    assert not verbose  # texts may be longer than any window
+    return {"input_ids": [ord(letter) for letter in text]}
 
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("abc", tokenizer), "expected a list of texts"),
+        (([b"abc"], tokenizer), "expected a list of texts"),
+        ((["abc"], "gpt2"), "the tokenizer is str. Load it with"),
+        ((["abc"], tokenizer, 0), "length is 0"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        tokenize(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (7, "calibration data is int. Give a list"),
+        ([{"input_ids": torch.ones(1, 2, dtype=torch.int64), "attention_mask": [[1, 1]]}], "attention_mask is list"),
+    ],
+)
+def test_what_is_no_calibration_data_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        token_batches(data, models.program("llama").source)
+
+
+def test_texts_become_windows() -> None:
     batches = tokenize(["abcde", "", "fg"], tokenizer, length=3)
     assert [batch.tolist() for batch in batches] == [[[97, 98, 99]], [[100, 101]], [[102, 103]]]
     with pytest.raises(InvalidInput, match="no tokens"):

@@ -42,6 +42,8 @@ def check_batches(parts: Sequence[ProgramSession], batches: Sequence[int]) -> No
         InvalidInput: a batch is no positive number.
         Unsupported: another target than Triton, or a program without a cache.
     """
+    if not isinstance(batches, Sequence):
+        raise InvalidInput(f"compiled_for is {batches!r}.", hint="Give sizes of batches, such as [1, 8].")
     for batch in batches:
         if type(batch) is not int or batch < 1:
             raise InvalidInput(f"compiled_for has {batch!r}.", hint="Give sizes of batches, such as [1, 8].")
