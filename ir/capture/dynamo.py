@@ -22,6 +22,11 @@ from skipstone.ir.program import Port, Program, Role, Source, module_path
 
 aten = torch.ops.aten
 
+_ATTENTION = aten.scaled_dot_product_attention.default
+_DROPOUT: Mapping[Any, int] = {
+    aten.dropout.default: 1, aten.feature_dropout.default: 1, aten.alpha_dropout.default: 1, _ATTENTION: 4,
+}  # fmt: skip
+"""Operators that may drop values, and where the rate stands among their arguments."""
 _REGION = torch.ops.higher_order.invoke_subgraph
 _AUTOCAST = ("_enter_autocast", "_exit_autocast")
 _MODULE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
@@ -103,6 +108,7 @@ def capture_frame(module: fx.GraphModule, inputs: Sequence[Any]) -> Frame:
     outputs += [Port(f"result_{place}", Role.TENSOR) for place in range(len(results) - count) if place not in fixed]
     program = Program(fx.GraphModule(tensors, graph), tuple(ports), tuple(outputs), _source(root, tensors))
     program.inputs = _with_roles(program)
+    _refuse_dropout(program)
     recognise_attention(program, verbatim=True)
     _refuse_unknown_attention(program)
     for node in program.nodes(aten.clone.default):
@@ -110,6 +116,16 @@ def capture_frame(module: fx.GraphModule, inputs: Sequence[Any]) -> Frame:
         if source.op == "placeholder" and source.target in written:  # rewrites take copies for what they copy
             raise Unsupported(f"a copy of {source.target}, which the frame writes to", where=module_path(node))
     return Frame(program, module, root, owned, written, fixed)
+
+
+def _refuse_dropout(program: Program) -> None:
+    """Attention is recognised, and layers are compared, as what they compute without it."""
+    for node in program.nodes(*_DROPOUT):
+        position = _DROPOUT[node.target]
+        rate: Any = node.args[position] if len(node.args) > position else 0.0
+        is_active = node.target is _ATTENTION or bool(node.args[2])
+        if rate and is_active:
+            raise Unsupported("dropout in a compiled frame", where=module_path(node), hint="Call model.eval() first.")
 
 
 def _refuse_unknown_attention(program: Program) -> None:
