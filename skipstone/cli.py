@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--target", help="onnxruntime, triton or eager (default: that which it was saved for)")
     generate.add_argument("--native-code", action="store_true", help="run the compiled code that is in DIR")
     for command in (optimize, generate):
-        command.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
+        command.add_argument("--threads", type=_positive, metavar="N", help="threads of ONNX Runtime")
         command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
 
     export = commands.add_parser("export", help="carry out a plan and write the model as ONNX")

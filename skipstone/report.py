@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from skipstone.ir.errors import UserError
 from skipstone.passes.base import Remark, Status
 
 WIDTH = 100
@@ -200,7 +201,19 @@ class Report:
     def measure(
         self, executable: Stepwise, input_ids: Tensor, model: Any = None, *, new_tokens: int = 16, samples: int = 3
     ) -> None:
-        """Fill in the measured times of the executable and, where given, of the Hugging Face model it was made from."""
+        """Fill in the measured times of the executable and, where given, of the Hugging Face model it was made from.
+
+        Args:
+            input_ids: the prompt, [B, S].
+            new_tokens: tokens to decode in each run.
+            samples: measured runs of each.
+        Raises:
+            UserError: there is no run or no token to measure, or the model is none of Hugging Face that generates.
+        """
+        if new_tokens < 1 or samples < 1:
+            raise UserError(f"{samples} runs of {new_tokens} tokens: take at least one of each.")
+        if model is not None and not hasattr(model, "generate"):
+            raise UserError(f"{type(model).__name__} is no Hugging Face model that generates.", hint="Leave it out.")
         systems: dict[str, Stepwise] = {"after": executable}
         if model is not None:
             systems["before"] = HuggingFaceSteps(model)

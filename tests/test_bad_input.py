@@ -209,7 +209,12 @@ def test_a_bad_plan(plan: Any, message: str, tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"target": "cuda"}, "Targets are 'auto'"), ({"max_length": 0}, "max_length is 0")],
+    [
+        ({"target": "cuda"}, "Targets are 'auto'"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"threads": 0, "target": "onnxruntime"}, "threads is 0"),
+        ({"threads": "2", "target": "onnxruntime"}, "threads is '2'"),
+    ],
 )
 def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(UserError, message, model(), here=tmp_path, monkeypatch=monkeypatch, **options)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from skipstone.ir.errors import UserError
 from skipstone.optimize import optimize
 from skipstone.passes.base import Remark, Status
 from skipstone.report import Conversion, Footprint, Report, Stage, Timing, format_bytes, format_count, measure
@@ -177,6 +178,19 @@ def tiny_llama():
         max_position_embeddings=64,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (None, {"samples": 0}, "0 runs of 16 tokens"),
+        (None, {"new_tokens": 0}, "3 runs of 0 tokens"),
+        (torch.nn.Linear(2, 2), {}, "Linear is no Hugging Face model that generates"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(model, options, message):
+    with pytest.raises(UserError, match=message):
+        Report("Net", "eager").measure(None, torch.ones(1, 2, dtype=torch.int64), model, **options)
 
 
 def test_flops_that_depend_on_the_data_are_said_to() -> None:
