@@ -17,6 +17,8 @@ from skipstone.ir.capture.validate import relative_difference
 from skipstone.ir.dialect import ATTENTION
 from skipstone.ir.errors import InvalidInput, Unsupported, UserError
 from skipstone.ir.program import Role, module_path
+from skipstone.ir.verify import verify
+from skipstone.optimize import optimize
 from tests import models
 
 KINDS = {
@@ -264,6 +266,53 @@ def test_outputs_have_names_of_their_own() -> None:
     assert [port.name for port in program.outputs] == ["output_x", "a.b", "output_a.b", "output_0"]
     for added, value in enumerate(program.run(x=x).values()):
         torch.testing.assert_close(value, module.inner(x) + added)
+
+
+class Coordinates(nn.Module):
+    """Inputs and outputs with the names of a language model's, and other types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.classes = nn.Linear(3, 8), nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.classes(tokens + self.inner(positions))}
+
+
+def test_a_name_means_something_only_with_its_type() -> None:
+    module = Coordinates().eval()
+    program = capture_module(module, {"tokens": torch.randn(2, 7, 8), "positions": torch.randn(2, 7, 3)})
+    verify(program)
+    assert [port.role for port in program.inputs] == [Role.TENSOR, Role.TENSOR]
+    tokens, positions = torch.randn(3, 4, 8), torch.randn(3, 4, 3)
+    outputs = program.run(tokens=tokens, positions=positions)
+    torch.testing.assert_close(outputs["logits"], module(tokens, positions)["logits"])
+
+
+class Detector(nn.Module):
+    """Logits of three queries, whatever the number of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.queries, self.classes = nn.Embedding(9, 8), nn.Linear(8, 3), nn.Linear(8, 5)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        embedded = self.table(input_ids)
+        return {"logits": self.classes(self.queries(embedded).softmax(1).transpose(1, 2) @ embedded)}
+
+
+def test_logits_of_something_else_than_tokens_are_no_language_model() -> None:
+    module, tokens = Detector().eval(), torch.arange(8).reshape(2, 4)
+    opt = optimize(module, example_inputs={"input_ids": tokens}, target="eager", progress=False)
+    assert [port.role for port in opt.program.outputs] == [Role.TENSOR]
+    torch.testing.assert_close(opt(tokens)["logits"], module(tokens)["logits"])
+
+
+def test_compiled_torch_script_is_refused() -> None:
+    scripted = torch.jit.trace(nn.Linear(3, 3), torch.ones(2, 3))
+    for module in (scripted, nn.Sequential(scripted).eval()):
+        with pytest.raises(Unsupported, match="TorchScript"):
+            capture_module(module, {"input": torch.ones(2, 3)})
 
 
 def test_bad_models_and_examples_are_user_errors() -> None:

@@ -55,7 +55,7 @@ def refuse_unusable(model: Any, adapters: bool = False) -> None:
         adapters: let PEFT adapters pass, as layers like any other.
     Raises:
         UserError: not a module, a module in training mode, or one without real weights.
-        Unsupported: a model spread over devices, or with quantized weights.
+        Unsupported: a model spread over devices, of TorchScript, or with quantized weights.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -71,6 +71,8 @@ def refuse_unusable(model: Any, adapters: bool = False) -> None:
     if not adapters and hasattr(model, "peft_config"):
         raise Unsupported("PEFT adapters", hint="Merge them: optimize model.merge_and_unload().")
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsupported("TorchScript", where=path, hint="Pass the module that it was made of.")
         if hasattr(module, "_hf_hook"):
             raise Unsupported(
                 "modules that accelerate loads and offloads as they run",
@@ -167,7 +169,7 @@ def export(wrapper: nn.Module, inputs: Mapping[str, Tensor], dynamic: Mapping[st
         raise Unsupported(
             "control flow that depends on tensor values",
             where=_user_frame(error),
-            hint="Replace the Python branch by torch.where or torch.cond, or remove .item() calls.",
+            hint="Replace the Python branch by torch.where, or remove .item() calls.",
         ) from error
     except (
         torch._dynamo.exc.TorchDynamoException,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from skipstone.ir.capture.exported import export, named, refuse_unusable, source
 from skipstone.ir.capture.validate import compare
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role
+from skipstone.ir.surrogate import sizes
+from skipstone.ir.verify import REQUIRED
 
 ROLES = {
     "input_ids": Role.TOKENS,
@@ -24,7 +27,7 @@ ROLES = {
     "positions": Role.POSITIONS,
     "logits": Role.LOGITS,
 }
-"""Names with a meaning; every other input or output is known by its name alone."""
+"""Names with a meaning, where types agree; every other input or output is known by its name alone."""
 
 
 def capture_module(
@@ -55,7 +58,11 @@ def capture_module(
     dynamic = dynamic_shapes or {name: range(min(value.ndim, 2)) for name, value in inputs.items()}
     exported = export(named(module, inputs), inputs, dynamic)
     source = source_of(module, vocabulary=_vocabulary(module), max_positions=None)
-    program = to_program(exported, source, ROLES, _output_names(outputs, inputs))
+    names = _output_names(outputs, inputs)
+    values = inputs | dict(zip(names, pytree.tree_leaves(outputs), strict=True))
+    roles = {name: role for name, role in ROLES.items() if name in values and _may_be(role, values[name])}
+    program = to_program(exported, source, roles, names)
+    _look_at_logits(program)
     recognise_attention(program)
     compare(program, module, inputs)
     return program
@@ -76,6 +83,20 @@ def _checked(module: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tens
             hint=f"Its parameters are {', '.join(signature.parameters)}.",
         ) from error
     return dict(example)
+
+
+def _may_be(role: Role, value: Tensor) -> bool:
+    """Whether a tensor is of the type that a role requires."""
+    rank, dtypes = REQUIRED.get(role, (None, (value.dtype,)))
+    return value.dtype in dtypes and rank in (None, value.ndim)
+
+
+def _look_at_logits(program: Program) -> None:
+    """Leave the role to logits [B, S, V] of the tokens alone; those of queries, as a detector has, are a tensor."""
+    tokens, logits = program.input(Role.TOKENS), program.output(Role.LOGITS)
+    if tokens is None or logits is None or logits.meta["val"].ndim != 3 or sizes(logits)[:2] == sizes(tokens)[:2]:
+        return
+    program.outputs = tuple(replace(port, role=Role.TENSOR) for port in program.outputs)
 
 
 def _output_names(outputs: Any, inputs: Iterable[str]) -> list[str]:
