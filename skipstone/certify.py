@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skipstone.budget import Budget, Certificate, Comparison, compare, data_hash
 from skipstone.calibrate import IGNORED, Batch, program_inputs
-from skipstone.ir.errors import Unsupported
+from skipstone.ir.errors import Unsupported, UserError
 from skipstone.ir.program import Program, Role
 from skipstone.ir.stream import find_stream, note_layers
 from skipstone.objective import check_labels
@@ -134,6 +134,7 @@ def certify(
         attempts: how many plans are tried on this data; each gets its share of the error that the budget allows.
     Raises:
         InvalidInput: the data does not suffice for a bound.
+        UserError: the score of the budget's own function is no number.
     """
     certificates: list[Certificate] = []
     data = data_hash(batches)
@@ -161,9 +162,17 @@ def certify(
                     for part in _unseen(changed.program, seen)
                 ]
     if budget.evaluate is not None and budget.max_drop is not None:
-        drop = budget.evaluate(full) - budget.evaluate(changed)
+        drop = _score(budget.evaluate, full) - _score(budget.evaluate, changed)
         certificates.append(Certificate("evaluate", budget.max_drop, drop, drop, 0.0, 0, 0, "", changed.target))
     return tuple(certificates)
+
+
+def _score(evaluate: Callable[[Executable], float], executable: Executable) -> float:
+    score = evaluate(executable)
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"budget: evaluate returned {score!r}, expected a number.") from error
 
 
 def _unseen(program: Program, seen: Collection[str]) -> list[str]:

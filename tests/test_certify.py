@@ -115,6 +115,14 @@ def test_a_users_own_score(max_drop: float, holds: bool) -> None:
     assert "without a bound" in str(found)
 
 
+def test_a_score_is_a_number() -> None:
+    pair = build(Plan([])), build(Plan([HARMFUL]))
+    (found,) = certify(*pair, Budget(evaluate=lambda _: torch.tensor(0.5), max_drop=0.1), batches())
+    assert type(found.value) is float and found.value == 0
+    with pytest.raises(UserError, match="evaluate returned None, expected a number"):
+        certify(*pair, Budget(evaluate=print, max_drop=0.1), batches())  # type: ignore[arg-type]
+
+
 def test_padding_does_not_change_a_certificate() -> None:
     rows = [Batch(each[:, :9], torch.ones(4, 9, dtype=torch.bool)) for each in data()]
     padded = [Batch(each, torch.arange(12).expand(4, 12) < 9) for each in data()]
