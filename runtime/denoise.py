@@ -134,8 +134,8 @@ class MaskedLM(Executable):
             hint = "Pass mask_token=; a tokenizer calls it mask_token_id."
             raise InvalidInput("the model's configuration does not say which token is the mask.", hint=hint)
         vocabulary = self.program.source.vocabulary
-        if not 0 <= token < (math.inf if vocabulary is None else vocabulary):
-            raise InvalidInput(f"mask_token is {token}, outside [0, {vocabulary}).")
+        if not 0 <= token < (math.inf if vocabulary is None else vocabulary) or token != int(token):
+            raise InvalidInput(f"mask_token is {token}, no token in [0, {vocabulary}).")
         return int(token)
 
     def _canvas(

@@ -123,7 +123,7 @@ class Executable:
         Returns:
             the outputs, structured as the user's model structured them.
         Raises:
-            InvalidInput: an input is unknown, given twice, missing, or of another rank or dtype.
+            InvalidInput: an input is unknown, given twice, missing, or of another rank, size or dtype.
         """
         names = [port.name for port in self.program.inputs]
         if len(args) > len(names):
@@ -133,6 +133,9 @@ class Executable:
         if twice := values.keys() & named.keys():
             raise InvalidInput(f"input {min(twice)!r} is given both by position and by name.", hint="Give it once.")
         values |= named
+        for name, value in values.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise InvalidInput(f"input {name!r} is a {type(value).__name__}, not a tensor.")
         self._fill_defaults(values)
         if missing := [name for name in names if values.get(name) is None]:
             raise InvalidInput(f"input {missing[0]!r} is missing.", hint=f"The program takes {', '.join(names)}.")
@@ -204,23 +207,27 @@ class Executable:
 
     def _check_values(self, values: dict[str, Tensor]) -> None:
         placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        sizes: dict[str, tuple[int, str]] = {}
         for port, node in zip(self.program.inputs, placeholders, strict=True):
             expected, value = node.meta["val"], values[port.name]
-            if not isinstance(value, Tensor):
-                raise InvalidInput(f"input {port.name!r} is a {type(value).__name__}, not a tensor.")
             if not isinstance(expected, Tensor):
                 continue
             if value.dim() != expected.dim():
                 raise InvalidInput(f"input {port.name!r} has {value.dim()} dimensions, {expected.dim()} are expected.")
             for axis, (size, fixed) in enumerate(zip(value.shape, expected.shape, strict=True)):
-                if isinstance(fixed, int) and size != fixed:  # the other sizes are symbols: any will do
-                    raise InvalidInput(f"input {port.name!r} has size {size} in dimension {axis}, not {fixed}.")
+                # Where sizes are symbols any will do, the same for the same symbol: broadcasting was not captured.
+                wanted, like = fixed, ""
+                if not isinstance(fixed, int):
+                    wanted, like = sizes.setdefault(str(fixed), (size, f", as input {port.name!r} has"))
+                if size != wanted:
+                    raise InvalidInput(f"input {port.name!r} has size {size} in dimension {axis}, not {wanted}{like}.")
             if value.dtype != expected.dtype:
                 raise InvalidInput(
                     f"input {port.name!r} is {value.dtype}, {expected.dtype} is expected.",
                     hint=f"Convert it with `.to({expected.dtype})`.",
                 )
             if port.role == Role.TOKENS:
+                self.check_length(value.shape[1])
                 self._check_range(value)
 
     def _structured(self, outputs: dict[str, Tensor]) -> Any:

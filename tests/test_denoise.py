@@ -272,6 +272,7 @@ def test_published_code_is_taken_with_an_example_of_its_tokens() -> None:
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"mask_token": VOCABULARY}, "mask_token is 61"),
+        ({"mask_token": 3.5}, r"mask_token is 3\.5"),
         ({"input_ids": [[1, 2]]}, r"must be a tensor \[batch, sequence\], got list"),
         ({"input_ids": torch.ones(3, dtype=torch.int64)}, r"got \[3\]"),
         ({"input_ids": torch.ones(2, 3)}, "input_ids is torch.float32"),

@@ -493,6 +493,8 @@ def test_a_module_keeps_its_inputs_and_its_structure():
         ({"weight": torch.ones(1, 3, 1)}, "3 dimensions, 2 are expected"),
         ({"weight": torch.ones(1, 3, dtype=torch.float64)}, r"float64, torch\.float32 is expected"),
         ({"weight": 1.0}, "not a tensor"),
+        ({"weight": torch.ones(1, 2)}, "size 2 in dimension 1, not 3, as input 'tokens' has"),
+        ({"weight": torch.ones(2, 3)}, "size 2 in dimension 0, not 1, as input 'tokens' has"),
         ({"weight": torch.ones(1, 3), "tokens": torch.full((1, 3), 2)}, "by position and by name"),
     ],
 )

@@ -217,3 +217,14 @@ def test_wrong_caches_are_refused() -> None:
         ours.generate(longer, attention_mask=longer != PAD, past_key_values=result.past_key_values, **GREEDY)
     with pytest.raises(InvalidInput, match="got list"):
         ours.decode([3], ours.prefill(ids)[1])
+
+
+def test_an_encoder_checks_its_inputs() -> None:
+    ours: Any = Executable(EagerSession(models.program("bert")))
+    for wrong, says in (
+        ((models.tokens(1, POSITIONS + 1),), "97 tokens is longer than 96"),
+        ((models.tokens(2, 4), torch.ones(2, 1).long()), "size 1 in dimension 1, not 4, as input 'input_ids' has"),
+        (([[3, 4]],), "is a list, not a tensor"),
+    ):
+        with pytest.raises(InvalidInput, match=says):
+            ours(*wrong)
