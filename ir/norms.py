@@ -86,6 +86,8 @@ def target_of(value: Any) -> Any:
 def _gain(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The factors of a product with a vector, or one for each lane: the other factor, and the vector."""
     shape = tuple(product.meta["val"].shape)
+    if not shape:
+        return None
     lanes = (shape[0], *[1] * (len(shape) - 2), shape[-1])
     for x, gain in (product.args, product.args[::-1]):
         if isinstance(x, fx.Node) and isinstance(gain, fx.Node) and is_shape(gain, shape[-1:], lanes):

@@ -29,7 +29,7 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.inner(x).chunk(3, -1))
-        return self.form(q, k, v, mask[:, None, None, :])
+        return self.form(q, k, v, mask[:, None, None, :] != 0)
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ BROADCAST: dict[str, Form] = {
 
 def optimized(form: Form, target: Target = "eager") -> tuple[nn.Module, Executable]:
     module = Attending(form).eval()
-    example = {"x": torch.randn(2, 5, WIDTH), "mask": torch.ones(2, 5, dtype=torch.bool)}
+    example = {"x": torch.randn(2, 5, WIDTH), "mask": torch.ones(2, 5, dtype=torch.int64)}
     return module, optimize(module, example_inputs=example, target=target, progress=False)
 
 
 def assert_equal(module: nn.Module, opt: Executable) -> None:
     """Compare with masks that hide the first tokens, the last, and all."""
-    mask = torch.ones(4, 9, dtype=torch.bool)
-    mask[1, :4] = mask[2, 4:] = mask[3] = False
+    mask = torch.ones(4, 9, dtype=torch.int64)
+    mask[1, :4] = mask[2, 4:] = mask[3] = 0
     x = torch.randn(4, 9, WIDTH)
     with torch.no_grad():
         assert relative_difference(opt(x=x, mask=mask), module(x, mask)) < 1e-6

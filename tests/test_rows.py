@@ -320,3 +320,8 @@ def test_what_is_an_rms_norm() -> None:
     found = [norm for node in program.nodes() if (norm := rms_norm(node)) is not None and norm.gain is not None]
     assert len(found) == 1 and found[0].eps == 1e-6 and found[0].gain is not None
     assert found[0].gain.op == "get_attr" and found[0].x.op == "placeholder"
+
+
+def test_numbers_are_no_norms() -> None:
+    program = captured(lambda m, x: x * (m.a.weight.sum() * m.a.bias.sum()) * x.shape[1] ** 0.5)
+    assert not any(rms_norm(node) for node in program.nodes() if node.target is torch.ops.aten.mul.Tensor)

@@ -49,6 +49,24 @@ def test_branches_on_sizes_are_refused(name: str) -> None:
         capture_module(Sized(BRANCHES[name]).eval(), EXAMPLE)
 
 
+class Reading(Sized):
+    """The same over tokens, of which there may be nine, with logits."""
+
+    def __init__(self, behind: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(behind)
+        self.table, self.positions = nn.Embedding(5, WIDTH), nn.Parameter(torch.randn(9, WIDTH))
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"logits": super().forward(self.table(tokens) + self.positions[: tokens.shape[1]])}
+
+
+def test_branches_behind_the_last_position_are_another_matter() -> None:
+    example = {"tokens": torch.arange(14).reshape(2, 7) % 5}
+    capture_module(Reading(lambda x: twice(x, x.shape[1] > 64)).eval(), example)
+    with pytest.raises(Unsupported, match="the captured graph differs"):
+        capture_module(Reading(BRANCHES["a large batch"]).eval(), example)
+
+
 def test_branches_without_consequence_are_captured() -> None:
     module = Sized(lambda x: x.clone() if x.shape[1] > 64 else x).eval()
     program, x = capture_module(module, EXAMPLE), torch.randn(2, 65, WIDTH)
@@ -105,3 +123,7 @@ def test_what_is_not_finite_must_stand_at_the_same_places() -> None:
         changed[place] = 7.0 if place < 4 else torch.nan
         assert relative_difference(changed, values) == torch.inf
     assert relative_difference(-values, values) == torch.inf
+
+
+def test_one_number_is_compared_by_its_size() -> None:
+    assert relative_difference(torch.tensor([[4.0]]), torch.tensor([[5.0]])) == pytest.approx(0.2)

@@ -200,11 +200,11 @@ def capture_huggingface(
             causal, inputs = False, _example(model, source.vocabulary, False)
             wrapper = named(model, inputs, _tensors)
             program = _capture(model, wrapper, inputs, source, causal, seam=True)
-        compare(program, wrapper, inputs)
+        compare(program, wrapper, inputs, source.max_positions)
     except Unsupported as refusal:
         # The seam could not say what this attention does: keep the model's own.
         program = _capture(model, wrapper, inputs, source, causal, seam=False)
-        compare(program, wrapper, inputs)
+        compare(program, wrapper, inputs, source.max_positions)
         if any(True for _ in offenders(program)):
             program.cache_refusal = refusal
     return program

@@ -27,17 +27,19 @@ FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, As
 Sizes = Mapping[sympy.Symbol, int]
 
 
-def compare(program: Program, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+def compare(program: Program, model: nn.Module, inputs: Mapping[str, Tensor], longest: int | None = None) -> None:
     """Run both on the example, at several sizes, and where the model's own code asks for sizes (`_other_ways`).
 
     Sizes that the model itself does not take (more tokens than it has positions) are passed over.
 
+    Args:
+        longest: the longest sequence that the model says it takes.
     Raises:
         Unsupported: an output differs by more than the tolerance, or the program fails where the model does not.
     """
     limit = program.source.max_positions or SIZES[1][1]
     usual = (_sizes(program, batch, min(length, limit)) for batch, length in SIZES)
-    samples = [inputs, *(_resized(program, inputs, sizes) for sizes in chain(usual, _other_ways(program)))]
+    samples = [inputs, *(_resized(program, inputs, sizes) for sizes in chain(usual, _other_ways(program, longest)))]
     apart = {tuple(value.shape for value in each.values()): each for each in samples}
     if not any([_compare_at(program, model, sample) for sample in apart.values()]):
         raise Unsupported("this model: it fails at all sizes that were tried")
@@ -72,7 +74,7 @@ def _compare_at(program: Program, model: nn.Module, sample: Mapping[str, Tensor]
     return True
 
 
-def _other_ways(program: Program) -> Iterator[Sizes]:
+def _other_ways(program: Program, longest: int | None) -> Iterator[Sizes]:
     """For each condition on sizes that held while tracing, the smallest sizes at which it does not.
 
     There the model may take another branch, which is not in the graph. It may also fail, where the condition is one of
@@ -81,18 +83,17 @@ def _other_ways(program: Program) -> Iterator[Sizes]:
     environment = next((size.node.shape_env for node in _placeholders(program) for size in _open(node)), None)
     if environment is None:
         return
-    bounds = {bound: 2 for bound in _sizes(program, 2, 2)}
-    limit = program.source.max_positions if program.output(Role.LOGITS) is not None else None
-    tokens = program.input(Role.TOKENS) or program.input(Role.EMBEDDINGS)
-    length = tokens.meta["val"].shape[1] if tokens is not None else None
+    is_length = _sizes(program, batch=False, length=True)
+    if program.output(Role.LOGITS) is not None:  # behind the last position calls are refused
+        longest = program.source.max_positions
     for condition in dict.fromkeys(environment.replace(guard.expr) for guard in environment.guards):
         symbols = sorted(condition.free_symbols, key=str)
-        if not symbols or not bounds.keys() >= set(symbols):
+        if not symbols or not is_length.keys() >= set(symbols):
             continue
         sizes = _violation(condition, symbols)
-        if sizes is None or (limit is not None and length is not None and sizes.get(length.node.expr, 0) > limit):
-            continue  # behind the model's last position calls are refused
-        yield {**bounds, **sizes}
+        if sizes is None or (longest and any(size > longest for symbol, size in sizes.items() if is_length[symbol])):
+            continue
+        yield dict.fromkeys(is_length, 2) | sizes
 
 
 def _violation(condition: sympy.Basic, symbols: Sequence[sympy.Symbol]) -> dict[sympy.Symbol, int] | None:
@@ -107,7 +108,10 @@ def _violation(condition: sympy.Basic, symbols: Sequence[sympy.Symbol]) -> dict[
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the range of `expected`; infinite when shapes, NaNs or infinities disagree."""
+    """Largest absolute difference over the range of `expected` (over its size, where it is but one number).
+
+    It is infinite when shapes, NaNs or infinities disagree.
+    """
     if actual.shape != expected.shape:
         return float("inf")
     finite = actual.isfinite() & expected.isfinite()
@@ -117,7 +121,8 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
         actual, expected = actual[finite], expected[finite]
     if expected.numel() == 0 or not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
-    span = (expected.max() - expected.min()).double().clamp(min=1e-30)
+    span = expected.max() - expected.min()
+    span = (span if span > 0 else expected.abs().max()).double().clamp(min=1e-30)
     return float((actual.double() - expected.double()).abs().max() / span)
 
 
