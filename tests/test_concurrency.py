@@ -1,11 +1,13 @@
-"""One executable, used by several threads, in several modes of torch: caches do not meet."""
+"""One executable, used by several threads, in several modes of torch, with copied caches: caches do not meet."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -76,6 +78,20 @@ def test_a_cache_goes_on_outside_of_inference_mode(target: str) -> None:
     kept.reorder([1, 0])
     steps.append(ours.decode(ids[:, 8].flip(0), kept).flip(0))
     torch.testing.assert_close(torch.stack(steps, dim=1), ours(input_ids=ids).logits[:, 6:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))], ids=["deep", "pickle"]
+)
+def test_a_prompt_is_read_once_and_copied(target: str, copied: Callable[[Any], Any]) -> None:
+    ours, ids = executable(target), models.tokens(2, 9)
+    _, kept = ours.prefill(ids[:, :5])
+    ours.decode(ids[:, 5], kept)
+    other = copied(kept)
+    ours.decode(ids[:, 6].flip(0), kept)  # another answer
+    steps = torch.stack([ours.decode(ids[:, place], other) for place in (6, 7, 8)], dim=1)
+    torch.testing.assert_close(steps, ours(input_ids=ids).logits[:, 6:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -355,6 +356,15 @@ def test_two_caches_at_the_same_time() -> None:
     for column in models.tokens(2, 4, 9).split(1, dim=1):
         for mine, other in pairs:
             assert_close(ours.decode(column, mine), eager.decode(column, other))
+
+
+def test_a_deep_copy_leaves_recorded_steps_behind() -> None:
+    mine = pool()
+    filled = mine.new_cache(2, 20)
+    mine.settle(filled).steps["graphs"] = threading.Lock()  # as little to be copied as a CUDA graph
+    other = copy.deepcopy(filled)
+    assert not places(other) & places(filled)
+    assert not mine.settle(other).steps and mine.settle(filled).steps
 
 
 def test_the_room_in_a_cache_is_known_without_its_lengths() -> None:

@@ -87,6 +87,9 @@ class _StepBinding:
         for name, buffer in written.items():
             self.binding.bind_ortvalue_output(name, shared[buffer])
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a deep copy of the cache, in memory or in another process, makes its own
+
     def fits(
         self,
         session: onnxruntime.InferenceSession,

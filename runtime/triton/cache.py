@@ -35,6 +35,9 @@ class Lease:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a deep copy of the cache, in memory or in another process, has buffers of its own
+
     def covers(self, cache: KVCache) -> bool:
         """Whether the buffers of a cache are those of the storage, or some of them."""
         return all(self.storage.buffers.get(name) is tensor for name, tensor in cache.buffers.items())
