@@ -196,6 +196,10 @@ def _optimize(arguments: argparse.Namespace) -> None:
         raise ArtifactError(f"Cannot write the plan {arguments.save_plan}: there is no directory {folder}.")
     if arguments.measure and arguments.prompt is None:
         raise UserError("--measure needs a prompt.", hint="Add --prompt TEXT.")
+    if arguments.budget and arguments.calibration is None:
+        raise UserError(
+            "--budget has no data to choose sublayers on and to prove it on.", hint="Add --calibration FILE."
+        )
     plan, budget = _plan(arguments), arguments.budget and Budget(**dict([arguments.budget]))
     model = load_model(arguments.model, arguments.trust_remote_code, arguments.device)
     tokens = calibration = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -90,28 +91,27 @@ def export_onnx(
     check_plan(plan, TARGET, calibration is not None)
     if format == "genai":
         _check_end_token(model)
-    stages = Stages(progress)
-    with stages("capture"):
-        captured = capture(model, example_inputs, dynamic_shapes)
-        check_model(plan, captured)
-        batches = [] if calibration is None else token_batches(calibration, captured.source)
-    with stages("rewrite"):
-        options = {"cache": cache, "strict": strict, "batches": batches, "progress": progress}
-        program, refusal = rewrite(captured, plan, target=TARGET, **options)  # type: ignore[arg-type]
-        exported, forms = (in_columns(program), ColumnForms) if program.slots() else (program, OnnxForms)
-        if format == "genai":
-            refuse_genai(exported)
-    plan = carried_out(plan, program, bool(batches))
-    with new_directory(directory) as folder:
-        with stages("lower"):
-            _write_models(folder, exported, forms, opset)
-        stages.close()
-        report = report_of(captured, program, TARGET, cache_line(program, refusal, cache), stages)
-        plan.save(folder / PLAN_FILE)
-        _write_json(folder / REPORT_FILE, report.to_dict())
-        _write_configuration(folder, model, exported, format)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    with closing(Stages(progress)) as stages:  # a bar that is left would be drawn anew behind the error
+        with stages("capture"):
+            captured = capture(model, example_inputs, dynamic_shapes)
+            check_model(plan, captured)
+            batches = [] if calibration is None else token_batches(calibration, captured.source)
+        with stages("rewrite"):
+            options = {"cache": cache, "strict": strict, "batches": batches, "progress": progress}
+            program, refusal = rewrite(captured, plan, target=TARGET, **options)  # type: ignore[arg-type]
+            exported, forms = (in_columns(program), ColumnForms) if program.slots() else (program, OnnxForms)
+            if format == "genai":
+                refuse_genai(exported)
+        plan = carried_out(plan, program, bool(batches))
+        with new_directory(directory) as folder:
+            with stages("lower"):
+                _write_models(folder, exported, forms, opset)
+            report = report_of(captured, program, TARGET, cache_line(program, refusal, cache), stages)
+            plan.save(folder / PLAN_FILE)
+            _write_json(folder / REPORT_FILE, report.to_dict())
+            _write_configuration(folder, model, exported, format)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
     return report
 
 
