@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
-from skipstone.ir.dialect import ATTENTION_OPS, Kind, key_bias_of
+from skipstone.ir.dialect import ATTENTION_OPS, WRITING_OPS, Kind, key_bias_of
 from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role, module_path
 from skipstone.ir.sequence import offenders
@@ -101,6 +101,12 @@ class Executable:
     def decides_in_decoding(self) -> bool:
         """Whether decoded tokens are computed in another way than those of the prompt."""
         return self.program.input(Role.DECODE_START) is not None or bool(self.program.continuations)
+
+    @property
+    def depends_on_step_sizes(self) -> bool:
+        """Whether results depend on how many tokens a step has: a slot of the cache is written more than once in it."""
+        slots = [node.kwargs["slot"] for node in self.program.nodes(*WRITING_OPS)]
+        return len(set(slots)) < len(slots)
 
     @property
     def limit(self) -> int | None:

@@ -19,6 +19,7 @@ from transformers.generation import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipstone.ir.errors import InvalidInput, Unsupported
@@ -272,6 +273,8 @@ class CausalLM(TokenModel, GenerationMixin):
             if getattr(generation_config, name, None) not in (None, False):
                 hint = "Pass assistant_model or prompt_lookup_num_tokens to speculate."
                 raise Unsupported(f"{name} of an optimized model", hint=hint)
+        if self.depends_on_step_sizes:
+            self._check_step_sizes(generation_config, generation_mode)
         cache, mask = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask"))
         width = (model_kwargs["position_ids"] if mask is None else mask).shape[-1]
         prompt: Tensor | int = width
@@ -363,6 +366,20 @@ class CausalLM(TokenModel, GenerationMixin):
                 "use_cache=False with a plan by which decoded tokens are computed in another way than prompts",
                 hint="Leave it out: without a cache, all tokens of a step would be read as a prompt.",
             )
+
+    def _check_step_sizes(self, generation_config: GenerationConfig, generation_mode: Any) -> None:
+        """Refuse steps of several tokens where one at a time would give others."""
+        ways = {
+            "an assistant or prompt lookup": generation_mode is GenerationMode.ASSISTED_GENERATION,
+            "prefill_chunk_size": generation_config.prefill_chunk_size is not None,
+            "use_cache=False": not generation_config.use_cache,
+        }
+        for way, is_taken in ways.items():
+            if is_taken:
+                raise Unsupported(
+                    f"{way} with a plan by which several tokens a step give others than one",
+                    hint="Leave it out, or use kv='iterate' in layer_parallel.",
+                )
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, GenerationCache):

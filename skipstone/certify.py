@@ -138,7 +138,7 @@ def certify(
     """
     certificates: list[Certificate] = []
     data = data_hash(batches)
-    if decides_in_decoding(changed):
+    if changed.decides_in_decoding:
         batches = [behind_prompts(batch) for batch in batches]
     if budget.limits:
         apart = by_set(changed, batches) if changed.program.continuations else {"": list(batches)}
@@ -192,7 +192,7 @@ def logits(model: Executable, batch: Batch) -> Tensor:
         return model.predict(batch.tokens, batch.valid)
     assert isinstance(model, TokenModel)
     tokens, layout = model.prepare(batch.tokens, batch.valid)
-    if not decides_in_decoding(model):
+    if not model.decides_in_decoding:
         return model.advance(tokens, layout, layout.rows(layout.width))
     prompts, columns = prompt_lengths(batch).to(model.device), torch.arange(layout.width, device=model.device)
     cache = model.new_cache(len(tokens), layout.width, spare=0)
@@ -209,11 +209,6 @@ def logits(model: Executable, batch: Batch) -> Tensor:
     together = torch.cat(parts, dim=1)
     place = place.clamp(max=together.shape[1] - 1).unsqueeze(-1)
     return together.gather(1, place.expand(-1, -1, together.shape[-1]))
-
-
-def decides_in_decoding(model: Executable) -> bool:
-    """Whether decoded tokens are computed in another way than those of the prompt."""
-    return model.program.input(Role.DECODE_START) is not None or bool(model.program.continuations)
 
 
 def by_set(model: Executable, batches: Sequence[Batch]) -> dict[str, list[Batch]]:

@@ -106,8 +106,8 @@ def optimize(
     """
     plan = Plan([]) if plan is None else plan
     refuse_unusable(model)
-    if max_length is not None and max_length < 1:
-        raise InvalidInput(f"max_length is {max_length}, expected at least 1.")
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise InvalidInput(f"max_length is {max_length!r}, expected a number of tokens, at least 1.")
     target = resolve(target, next((p.device.type for p in model.parameters()), "cpu"))
     check_mode(mode, target)
     check_plan(plan, target, calibration is not None)

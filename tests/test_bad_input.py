@@ -212,6 +212,7 @@ def test_a_bad_plan(plan: Any, message: str, tmp_path: Path, monkeypatch: pytest
     [
         ({"target": "cuda"}, "Targets are 'auto'"),
         ({"max_length": 0}, "max_length is 0"),
+        ({"max_length": "9"}, "max_length is '9', expected a number of tokens"),
         ({"threads": 0, "target": "onnxruntime"}, "threads is 0"),
         ({"threads": "2", "target": "onnxruntime"}, "threads is '2'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class TritonSession(ProgramSession):
     each size of a batch. Steps of single tokens are CUDA graphs over the buffers of their cache. On a CPU everything is
     the same but the graphs: Inductor makes C++, and the dialect's operators run as their references.
 
+    Threads take turns: a step's inputs stay where they are until it is launched.
+
     Args:
         program: on a CUDA device, or on the CPU.
         is_tuned: whether Inductor measures its kernels to choose among them, which takes minutes.
@@ -79,54 +82,59 @@ class TritonSession(ProgramSession):
         self._single = CompiledGraph(decode_graph(lowered), tensors, {**DECODE, **tuned}, is_batch_fixed=True)
         self.graphs: Mapping[str, CompiledGraph] = {WHOLE: self._whole, SINGLE: self._single}
         self._pool = Pool(self.layout, program.source.device)
+        self._turn = threading.RLock()
 
     @torch.no_grad()
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Session.run`."""
-        contiguous = torch.contiguous_format
-        buffers = {name: values[name].clone(memory_format=contiguous) for name in self._written.values()}
-        results = self._run(self._whole, {**values, **buffers})
-        written = {name: buffers[buffer] for name, buffer in self._written.items()}
-        return dict(zip(self._outputs, results, strict=True)) | written
+        with self._turn:
+            contiguous = torch.contiguous_format
+            buffers = {name: values[name].clone(memory_format=contiguous) for name in self._written.values()}
+            results = self._run(self._whole, {**values, **buffers})
+            written = {name: buffers[buffer] for name, buffer in self._written.items()}
+            return dict(zip(self._outputs, results, strict=True)) | written
 
     @torch.no_grad()
     def step_outputs(self, values: Mapping[str, Tensor], cache: KVCache, names: Sequence[str]) -> tuple[Tensor, ...]:
         """See `ProgramSession.step_outputs`."""
-        if all(values[name].shape[1] == 1 for name in self._columns):
-            steps = self._steps_over(cache)
-            if steps.single is None:
-                steps.single = StaticStep(self._run_single, values, cache.buffers, self._memory)
-            results = steps.single(values)
-        else:
-            results = self._run(self._whole, {**values, **cache.buffers})
-        by_name = dict(zip(self._outputs, results, strict=True))
-        return tuple(by_name[name] for name in names)
+        with self._turn:
+            if all(values[name].shape[1] == 1 for name in self._columns):
+                steps = self._steps_over(cache)
+                if steps.single is None:
+                    steps.single = StaticStep(self._run_single, values, cache.buffers, self._memory)
+                results = steps.single(values)
+            else:
+                results = self._run(self._whole, {**values, **cache.buffers})
+            by_name = dict(zip(self._outputs, results, strict=True))
+            return tuple(by_name[name] for name in names)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, count: int) -> Tensor:
         """See `GreedySession.decode`."""
-        check_cache(self.layout, tokens, cache, count)
-        one, row = torch.ones_like(cache.lengths), torch.zeros_like(tokens)
-        parts = []
-        for begin in range(0, count, MOST):
-            values = step_inputs(self.program, tokens, positions + begin, one, row, cache)
-            steps = self._steps_over(cache)
-            if steps.greedy is None:
-                logits = next(place for place, port in enumerate(self.program.outputs) if port.role == Role.LOGITS)
-                name = self.program.outputs[logits].name
-                steps.greedy = GreedySteps(
-                    self.program, self._run_single, self._outputs.index(name), values, cache.buffers, self._memory
-                )
-            part = min(count - begin, MOST)
-            parts.append(steps.greedy(values, part))
-            tokens = parts[-1][:, -1:]
-            cache.stepped = part
-            cache.advance(one * part)
-        return torch.cat(parts, dim=1)
+        with self._turn:
+            check_cache(self.layout, tokens, cache, count)
+            one, row = torch.ones_like(cache.lengths), torch.zeros_like(tokens)
+            parts = []
+            for begin in range(0, count, MOST):
+                values = step_inputs(self.program, tokens, positions + begin, one, row, cache)
+                steps = self._steps_over(cache)
+                if steps.greedy is None:
+                    logits = next(place for place, port in enumerate(self.program.outputs) if port.role == Role.LOGITS)
+                    name = self.program.outputs[logits].name
+                    steps.greedy = GreedySteps(
+                        self.program, self._run_single, self._outputs.index(name), values, cache.buffers, self._memory
+                    )
+                part = min(count - begin, MOST)
+                parts.append(steps.greedy(values, part))
+                tokens = parts[-1][:, -1:]
+                cache.stepped = part
+                cache.advance(one * part)
+            return torch.cat(parts, dim=1)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """See `Session.new_cache`."""
-        return self._pool.new_cache(batch, capacity)
+        with self._turn:
+            return self._pool.new_cache(batch, capacity)
 
     def example_inputs(self, graph: str, batch: int) -> list[Tensor]:
         """Inputs of a graph that read a prompt of `batch` sequences, or go on with them, and give one row of logits."""
