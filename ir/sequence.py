@@ -192,7 +192,8 @@ class _Analysis:
             return "" if apart else "keys and values of something other than the sequence stay in the cache"
         inputs = [operand for operand in node.all_input_nodes if self._axes(operand)]
         if not inputs and not self._axes(node):
-            return ""
+            # One row of a table, by the number of tokens: nothing of that number is seen in its size.
+            return self._judge_slice(node, node) if target is aten.slice.Tensor else ""
         if len(self._axes(node)) > 1:
             return f"{_name(node)} pairs every token with every other"
         if len({self.inner[operand] for operand in inputs if operand in self.inner}) > 1:

@@ -216,6 +216,13 @@ def test_what_is_read_at_once_is_the_same_and_what_is_read_in_steps_is_not(kv: s
     assert float((steps[:, CHUNKS[0] :] - rest).abs().max()) > 1e-2
 
 
+@cache
+def generating() -> Any:
+    """A model of transformers whose layers share a slot among their iterations."""
+    plan = Plan([LayerParallel((Segment(1, 5, iterations=2),), "last")])
+    return optimize(mistral(torch.float32), plan, target="eager", progress=False)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 3}, {"use_cache": False}],
@@ -223,9 +230,7 @@ def test_what_is_read_at_once_is_the_same_and_what_is_read_in_steps_is_not(kv: s
 )
 def test_generation_by_several_tokens_a_step_is_refused(options: dict[str, Any]) -> None:
     """It would give other tokens than greedy decoding does."""
-    ids = models.tokens(1, 7)
-    plan = Plan([LayerParallel((Segment(1, 5, iterations=2),), "last")])
-    shared = optimize(mistral(torch.float32), plan, target="eager", progress=False)
+    ids, shared = models.tokens(1, 7), generating()
     assert shared.depends_on_step_sizes and shared.generate(ids, max_new_tokens=3).shape == (1, 10)
     with pytest.raises(Unsupported, match=r"by which several tokens a step give others than one.*kv='iterate'"):
         shared.generate(ids, max_new_tokens=3, **options)

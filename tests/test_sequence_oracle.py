@@ -99,6 +99,7 @@ HIDDEN = {  # mixers and counters that look like something harmless
     "length as a tensor": lambda m, x, p: x / torch.full((1,), x.shape[1], dtype=torch.float32),
     "length by summing": lambda m, x, p: x / ones(x).sum(1)[:, None, None],
     "length as an index": lambda m, x, p: x + m.table.weight[x.shape[1] - 1],
+    "length as the bound of one row": lambda m, x, p: x + m.table.weight[x.shape[1] : x.shape[1] + 1],
     "positions as a slice": lambda m, x, p: x + m.table.weight[: x.shape[1]],
     "positions from padding": lambda m, x, p: x + nn.functional.pad(ones(x), (1, 0))[:, :-1, None],
     "heads without a transpose": lambda m, x, p: x.reshape(x.shape[0], 2, x.shape[1], 4).transpose(1, 2).flatten(2),

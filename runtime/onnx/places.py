@@ -46,7 +46,8 @@ def _place(known: dict[str, str]) -> dict[str, str]:
     made_by = next((each.removeprefix(_MADE_BY) for each in classes if each.startswith(_MADE_BY)), "")
     if _NO_MODULE in scopes:
         return {}
-    namespace = [part for part in known[NAMESPACE].split("/") if f": {_MADE_BY}" not in part]
+    scopes_of_ours = (f": {_MADE_BY}", ": skipstone.")  # what captures wrap around the model
+    namespace = [part for part in known[NAMESPACE].split("/") if not any(each in part for each in scopes_of_ours)]
     place = {NAMESPACE: "/".join(namespace), MODULE: next(reversed(scopes), "")}
     return place | ({PASSES: made_by} if made_by else {})
 
