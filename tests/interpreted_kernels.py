@@ -78,14 +78,18 @@ def test_lengths_around_block_edges(form: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [63, 64, 127, 128, 383])
-@pytest.mark.parametrize("form", ["full", "int8_token", "fp8_token"])
+@pytest.mark.parametrize(
+    "form", ["int8_token", *(pytest.param(form, marks=pytest.mark.slow) for form in ("full", "fp8_token"))]
+)
 def test_lengths_around_edges_of_wide_tiles(form: str, length: int) -> None:
     """Single tokens in half precision, where tiles are the largest and several programs share the keys."""
     steps = [[length, length // 3], [1, 1]]
     check(form, steps, given=length, capacity=600, kv_heads=1, group=5, width=32, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("queries", range(1, 9))
+@pytest.mark.parametrize(
+    "queries", [1, 2, 3, 8, *(pytest.param(queries, marks=pytest.mark.slow) for queries in range(4, 8))]
+)
 def test_several_queries(queries: int) -> None:
     check("int8_token", [[11, 4], [queries, queries]], kv_heads=1)
 
@@ -165,7 +169,13 @@ def obey(
     return out
 
 
-@pytest.mark.parametrize("who", predicated_cases.DECISIONS)
+@pytest.mark.parametrize(
+    "who",
+    [
+        who if who in ("some", "all") else pytest.param(who, marks=pytest.mark.slow)
+        for who in predicated_cases.DECISIONS
+    ],
+)
 @pytest.mark.parametrize("shape", predicated_cases.SHAPES, ids=str)
 def test_rows_that_skip_are_zeros_and_others_are_exact(shape: tuple[int, int, int, int], who: str) -> None:
     predicated_cases.check(obey, shape, who)

@@ -112,6 +112,7 @@ def exported(built: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return directory / "out"
 
 
+@pytest.mark.slow
 def test_each_entry_is_in_the_file(exported: Path) -> None:
     proto = onnx.load(exported / "model.onnx", load_external_data=False)
     caches = [each for each in proto.graph.input if each.name.startswith("past_key_values.")]
@@ -122,6 +123,7 @@ def test_each_entry_is_in_the_file(exported: Path) -> None:
     assert {"fuse_parallel", "skip_ffn_adaptive", "quantize_kv"} <= made_by
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["alone", "left"])
 def test_a_directory_computes_what_the_executable_does(built: dict[str, Any], exported: Path, padding: str) -> None:
     ids, mask = batch(PADDINGS[padding], vocabulary=61)
@@ -135,6 +137,7 @@ def test_a_directory_computes_what_the_executable_does(built: dict[str, Any], ex
     assert_close(got, torch.cat(expected, dim=1).numpy(), mask)
 
 
+@pytest.mark.slow
 def test_the_runner_writes_what_the_executable_does(built: dict[str, Any], exported: Path) -> None:
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (11, 4, 7)]
     options = {"max_new_tokens": 20, "do_sample": False}

@@ -319,8 +319,9 @@ def test_plans_say_which_policy(tmp_path: Path) -> None:
 # Targets
 
 
+@pytest.mark.slow
 @needs_group_query_attention
-@pytest.mark.parametrize("kv", [pytest.param("last", marks=pytest.mark.slow), "final"])
+@pytest.mark.parametrize("kv", ["last", "final"])
 def test_onnx_runtime_writes_one_buffer_several_times(kv: str) -> None:
     """Also where one query of one sequence reads its window alone, which has a form of its own."""
     written = written_by_onnx_runtime(kv)

@@ -361,6 +361,7 @@ def test_onnx_runtime_decides_and_decodes_the_same(name: str) -> None:
         assert_close(decoded(opt, batch(), chunk=chunk), oracle(name).float(), within=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_is_that_of_each_row_alone() -> None:
     opt = lowered()
     prompts = batch()[:, :PROMPT]

@@ -138,6 +138,7 @@ def test_stepwise_equals_one_shot(fuse: bool) -> None:
     assert_close(torch.stack(steps, dim=1), wanted[:, 3:])
 
 
+@pytest.mark.slow
 def test_onnx_runtime_leaves_iterations_out() -> None:
     ids = models.tokens(2, 9, seed=6)
     model = copy.deepcopy(hugging_face("deep")).float()
