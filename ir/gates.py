@@ -43,28 +43,6 @@ def skip_predicate_reference(
     threshold: float,
     warmup_tokens: int,
 ) -> Tensor:
-    """`skip_predicate` in plain PyTorch operators."""
-    decoded = decoding(before.shape[1], start, decode_start, warmup_tokens)
-    reached = decoded & (cosine(before, after) >= threshold)
-    return reached if met is None else met | reached
-
-
-def gate_reference(x: Tensor, skip: Tensor) -> Tensor:
-    """`gate` in plain PyTorch operators."""
-    return x.masked_fill(skip.unsqueeze(-1), 0)
-
-
-@torch.library.custom_op("skipstone::skip_predicate", mutates_args=())
-def skip_predicate(
-    before: Tensor,
-    after: Tensor,
-    start: Tensor,
-    decode_start: Tensor,
-    met: Tensor | None = None,
-    *,
-    threshold: float,
-    warmup_tokens: int,
-) -> Tensor:
     """Whether each token has met a sublayer that hardly changed it: FFN-SkipLLM's condition (arXiv 2404.03865).
 
     A token meets the condition where the cosine of the stream before and after the sublayer reaches `threshold`. The
@@ -81,15 +59,23 @@ def skip_predicate(
     Returns:
         bool [B, S].
     """
-    return skip_predicate_reference(
-        before, after, start, decode_start, met, threshold=threshold, warmup_tokens=warmup_tokens
-    )
+    decoded = decoding(before.shape[1], start, decode_start, warmup_tokens)
+    reached = decoded & (cosine(before, after) >= threshold)
+    return reached if met is None else met | reached
+
+
+skip_predicate = torch.library.custom_op("skipstone::skip_predicate", skip_predicate_reference, mutates_args=())
 
 
 @skip_predicate.register_fake
 def _(before, after, start, decode_start, met=None, **_options):  # type: ignore[no-untyped-def]
     torch._check(before.shape == after.shape, lambda: "the stream before and after differ in size")
     return before.new_empty(before.shape[:2], dtype=torch.bool)
+
+
+def gate_reference(x: Tensor, skip: Tensor) -> Tensor:
+    """`gate` in plain PyTorch operators."""
+    return x.masked_fill(skip.unsqueeze(-1), 0)
 
 
 @torch.library.custom_op("skipstone::gate", mutates_args=())

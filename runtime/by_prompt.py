@@ -85,8 +85,10 @@ class PromptSession:
         cache.advance(prompt)
         columns = (begin + torch.arange(width, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
         rows = (logit_rows - begin).clamp(0, width - 1)
-        later = self.step(tokens.gather(1, columns), positions.gather(1, columns), behind, rows, cache)
-        cache.advance(-prompt)  # whoever asks for the step counts all of it in
+        try:
+            later = self.step(tokens.gather(1, columns), positions.gather(1, columns), behind, rows, cache)
+        finally:
+            cache.advance(-prompt)  # whoever asks for the step counts all of it in
         return torch.where((logit_rows < begin).unsqueeze(-1), logits, later)
 
     def new_cache(self, batch: int, capacity: int) -> GroupedCache:
