@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -102,6 +102,21 @@ class Record:
     code: str = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A cheaper program that guesses what another one, the model, would say, for the model to check.
+
+    Attributes:
+        program: with a cache.
+        tokens: how many it guesses before the model checks them.
+        buffers: for each of its cache buffers, by name, those of the model whose heads it holds, side by side.
+    """
+
+    program: Program
+    tokens: int
+    buffers: Mapping[str, tuple[str, ...]]
+
+
 @dataclass
 class Program:
     """A functional graph with roles.
@@ -119,6 +134,7 @@ class Program:
         history: what has been done to the program, in order.
         continuations: programs that go on with a sequence once its prompt is read, over some of this one's slots; the
             output of role ``CHOICE`` says which. Without any, the program itself goes on.
+        draft: what guesses its next tokens, if anything does.
         moved: tensors of the captured model whose values lie in a stack now, by their names, as views of it.
     """
 
@@ -132,6 +148,7 @@ class Program:
     calibration: dict[str, Tensor] = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
     continuations: tuple[Program, ...] = ()
+    draft: Draft | None = None
     moved: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -294,8 +311,12 @@ class Program:
         return {port.name: value for port, value in zip(self.outputs, results, strict=True)}
 
 
-INHERITED = ("layer", "heads")
-"""Metadata of a node that stays with what replaces it: its layer in the original model; its heads, of an attention."""
+ATTENTIONS = "attentions"
+"""Metadata of an attention that stands for others of the model: their module paths, in the order of the heads."""
+
+INHERITED = ("layer", "heads", ATTENTIONS)
+"""Metadata of a node that stays with what replaces it: its layer in the original model; of an attention its heads, and
+what it is made of."""
 
 
 def module_path(node: fx.Node) -> str:

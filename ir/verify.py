@@ -12,12 +12,13 @@ it. The invariants:
 7. Nothing is dead: every tensor and every call has a user.
 8. Every call says where it came from: a module path, a stack trace, or the pass that made it.
 9. What continues a program has no cache buffer that the program does not have.
+10. Each cache buffer of a draft holds heads of buffers that the program has.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -59,16 +60,17 @@ REQUIRED: dict[Role, tuple[int | None, tuple[torch.dtype, ...]]] = {
 }
 
 
-def verify(program: Program, after: str = "") -> None:
+def verify(program: Program, after: str = "", rules: Collection[int] | None = None) -> None:
     """Check every invariant of `program`, which stays as it is.
 
     Args:
         after: name of the pass that ran last, for the message.
+        rules: numbers of the invariants to check; None for all.
     Raises:
         Malformed: the first invariant that does not hold.
     """
-    for number, rule in RULES.items():
-        for node, why in rule(program):
+    for number in RULES if rules is None else rules:
+        for node, why in RULES[number](program):
             around = excerpt(program, node) if node is not None else ""
             raise Malformed(number, why, node=node.name if node is not None else "", after=after, around=around)
 
@@ -275,6 +277,28 @@ def _continues(program: Program) -> Iterator[Violation]:
                 yield None, f"continuation {number} has the buffer {buffers[0].name}"
 
 
+def _drafts(program: Program) -> Iterator[Violation]:
+    """Each cache buffer of a draft holds heads of buffers that the program has."""
+    if program.draft is None:
+        return
+    own = _cache_buffers(program)
+    for name, value in _cache_buffers(program.draft.program).items():
+        sources = program.draft.buffers.get(name, ())
+        if not sources or not own.keys() >= set(sources):
+            yield None, f"the draft's buffer {name} holds {', '.join(sources) or 'nothing'}"
+            continue
+        rows = {(own[each].dtype, own[each].shape[3]) for each in sources}
+        if rows != {(value.dtype, value.shape[3])} or sum(own[each].shape[1] for each in sources) != value.shape[1]:
+            yield None, f"the draft's buffer {name} has not the heads of {', '.join(sources)}"
+
+
+def _cache_buffers(program: Program) -> dict[str, Any]:
+    """The fake values of the cache buffers, by name."""
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    pairs = zip(program.inputs, placeholders, strict=True)
+    return {port.name: node.meta["val"] for port, node in pairs if port.slot is not None}
+
+
 RULES: dict[int, Callable[[Program], Iterator[Violation]]] = {
     1: _well_formed,
     2: _values_agree,
@@ -285,6 +309,7 @@ RULES: dict[int, Callable[[Program], Iterator[Violation]]] = {
     7: _nothing_dead,
     8: _provenance,
     9: _continues,
+    10: _drafts,
 }
 
 

@@ -26,7 +26,7 @@ from skipstone.ir.dialect import ATTENTION, GATE, KEEP
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.gates import spared
 from skipstone.ir.lanes import LANE, START, STATE, GroupName, Place, State
-from skipstone.ir.program import Program, module_path, provenance
+from skipstone.ir.program import ATTENTIONS, Program, module_path, provenance
 from skipstone.ir.regions import Region, behind, cut
 from skipstone.ir.stream import PARALLEL, Sublayer, SublayerKind, find_stream, original_layer, original_layers
 from skipstone.ir.surrogate import COPIES, PRODUCTS, SUMS, Coefficient, SkipPath
@@ -395,6 +395,8 @@ def _evaluate(program: Program, region: Region, entry: fx.Node) -> dict[fx.Node,
     copies = {region.entry: _cast(program, entry, region.entry.meta["val"].dtype)}
     for node in region.nodes:
         copies[node] = program.graph.node_copy(node, lambda operand: copies.get(operand, operand))
+        if node.target == ATTENTION:
+            copies[node].meta[ATTENTIONS] = (module_path(node),)
     for sublayer in region.sublayers:
         add = copies[sublayer.add]
         add.meta[PARALLEL] = (*add.meta.get(PARALLEL, ()), str(sublayer.kind))

@@ -15,7 +15,7 @@ from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, QUANTIZED_CACHED_A
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.formats import Format, Full, choose
 from skipstone.ir.key_bias import large_key_biases
-from skipstone.ir.program import Port, Program, Role, module_path, provenance
+from skipstone.ir.program import ATTENTIONS, Port, Program, Role, module_path, provenance
 from skipstone.ir.quantized import cache_format
 from skipstone.ir.statistics import calibrated, sites
 from skipstone.passes.base import Pass, Remark
@@ -283,12 +283,22 @@ def static_tensor(program: Program, node: fx.Node, site: str, which: str, form: 
     """
     operand: Any = node.args[1 if which == "key" else 2]
     shape = (int(operand.meta["val"].shape[1]), int(operand.meta["val"].shape[3]))
-    measured = f"{QuantizeKV.name}/{site}/{which}/minimum" in program.calibration
+    measured = program.calibration.get(f"{QuantizeKV.name}/{site}/{which}/minimum")
     if form.static == "":
         return None
-    if form.static == "head" and not measured:
+    if form.static == "head" and measured is None:
         return torch.ones(shape[0], 1)
-    low, high = (calibrated(program, QuantizeKV.name, site, which, each, shape) for each in ("minimum", "maximum"))
+    sources = [site]
+    if measured is None or tuple(measured.shape) != shape:
+        # A draft takes what was measured in the model for the attentions that it makes one of.
+        parts = node.meta.get(ATTENTIONS, ())
+        if parts and all(f"{QuantizeKV.name}/{part}/{which}/minimum" in program.calibration for part in parts):
+            sources = list(parts)
+    one = (shape[0] // len(sources), shape[1])
+    low, high = (
+        torch.cat([calibrated(program, QuantizeKV.name, source, which, each, one) for source in sources])
+        for each in ("minimum", "maximum")
+    )
     return form.static_from(low, high, MARGIN)
 
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from skipstone.ir.dialect import ATTENTION, KEEP
 from skipstone.ir.lanes import NotAlike, Operator, Pack
+from skipstone.ir.program import ATTENTIONS, module_path
 
 if TYPE_CHECKING:
     from skipstone.passes.stacked import Stacked
@@ -57,6 +58,7 @@ def _heads(lanes: Stacked, each: Operator, operands: Sequence[Any], own: list[in
     while rest and rest[-1] is None:
         rest.pop()
     out = lanes.call(ATTENTION, q, k, v, *rest, **each.nodes[own[0]].kwargs)
+    out.meta[ATTENTIONS] = tuple(module_path(each.nodes[lane]) for lane in own)
     return lanes.lanes_first(lanes.call(aten.unflatten.int, out, 1, [len(own), each.value.shape[1]]), 1)
 
 

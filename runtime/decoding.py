@@ -66,7 +66,7 @@ def generate_tokens(
     Returns:
         int64 [B, total], the prompt and the new tokens.
     """
-    logits, cache, position, length = _read_prompt(model, input_ids, attention_mask, positions)
+    logits, cache, position, length = read_prompt(model, input_ids, attention_mask, positions)
     only_row = torch.zeros_like(position)
     one_each = torch.ones_like(cache.lengths)
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -123,7 +123,7 @@ def generate_greedily(
     Returns:
         int64 [B, total], the prompt and the new tokens.
     """
-    logits, cache, position, length = _read_prompt(model, input_ids, attention_mask, positions)
+    logits, cache, position, length = read_prompt(model, input_ids, attention_mask, positions)
     session: Any = model.session
     tokens = logits[:, 0].argmax(dim=-1, keepdim=True)
     running = torch.ones_like(tokens, dtype=torch.bool)
@@ -156,7 +156,7 @@ def generate_greedily(
     return torch.cat(columns, dim=1)[:, :total].to(input_ids.device)
 
 
-def _read_prompt(
+def read_prompt(
     model: TokenModel, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Cache, Tensor, int]:
     """Logits [B, 1, V] behind a prompt, the cache that it is in, positions [B, 1] behind it, and the longest length.

@@ -19,6 +19,7 @@ from transformers.generation import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation import logits_process as processing
 from transformers.generation.utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -28,12 +29,32 @@ from skipstone.runtime.cache import Cache
 from skipstone.runtime.decoding import generate_greedily, generate_tokens
 from skipstone.runtime.executable import TokenModel, check_names
 from skipstone.runtime.session import GreedySession, Session
+from skipstone.runtime.speculate import Speculation, SpeculativeSession, generate_speculatively
 
 # What transformers hands to every forward and what a program cannot return.
 UNAVAILABLE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits", "labels")
 STEP_INPUTS = ["past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"]
 # What these loops know; with anything else, transformers' own loop runs. Tokenizers are for criteria made before.
 LOOP_INPUTS = frozenset([*STEP_INPUTS, "tokenizer", "assistant_tokenizer"])
+# Processors that remember nothing, so that they may be called for guesses, too.
+STATELESS = (
+    processing.TemperatureLogitsWarper,
+    processing.TopKLogitsWarper,
+    processing.TopPLogitsWarper,
+    processing.MinPLogitsWarper,
+    processing.TypicalLogitsWarper,
+    processing.EpsilonLogitsWarper,
+    processing.EtaLogitsWarper,
+    processing.InfNanRemoveLogitsProcessor,
+    processing.MinLengthLogitsProcessor,
+    processing.MinNewTokensLengthLogitsProcessor,
+    processing.RepetitionPenaltyLogitsProcessor,
+    processing.NoRepeatNGramLogitsProcessor,
+    processing.NoBadWordsLogitsProcessor,
+    processing.SequenceBiasLogitsProcessor,
+    processing.SuppressTokensLogitsProcessor,
+    processing.ForcedEOSTokenLogitsProcessor,
+)
 # Ways to decode that look inside the model.
 INSIDE_OPTIONS = ("assistant_early_exit", "use_mtp", "speculation_type")
 
@@ -142,6 +163,11 @@ class CausalLM(TokenModel, GenerationMixin):
     def get_experts_implementation(self) -> dict[str, str]:
         """Nothing that transformers could switch: the program has fixed how experts run."""
         return {}
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What drafting has done in all that `generate` wrote, None without a draft."""
+        return self.session.speculation if isinstance(self.session, SpeculativeSession) else None
 
     @torch.no_grad()
     def forward(
@@ -330,6 +356,20 @@ class CausalLM(TokenModel, GenerationMixin):
         ends = [each.eos_token_id for each in stopping_criteria if hasattr(each, "eos_token_id")]  # type: ignore[attr-defined]
         pad_token = generation_config._pad_token_tensor if ends else None
         is_plain = all(type(each) in (EosTokenCriteria, MaxLengthCriteria) for each in stopping_criteria)  # type: ignore[attr-defined]
+        if isinstance(self.session, SpeculativeSession):
+            return generate_speculatively(
+                self,
+                input_ids,
+                model_kwargs.get("attention_mask"),
+                positions=positions,
+                processor=logits_processor or None,
+                drafting=_stateless(logits_processor) or None,
+                finished=stopping_criteria,
+                max_length=generation_config.max_length,
+                sample=generation_config.do_sample,
+                pad_token=pad_token,
+                streamer=streamer,
+            )
         is_greedy = not generation_config.do_sample and not logits_processor and streamer is None
         if is_plain and is_greedy and isinstance(self.session, GreedySession):
             return generate_greedily(
@@ -411,6 +451,11 @@ class CausalLM(TokenModel, GenerationMixin):
         known = [port.name for port in self.program.inputs if port.role == Role.TENSOR]
         check_names(named, known, also=["input_ids", *STEP_INPUTS])
         return {name: value.to(self.device) for name, value in named.items()}
+
+
+def _stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Those that a draft may call for tokens that will not be written."""
+    return LogitsProcessorList(each for each in processors if type(each) in STATELESS)  # type: ignore[attr-defined]
 
 
 def _prompt_lengths(mask: Tensor) -> Tensor:

@@ -127,6 +127,10 @@ class ProgramSession(ABC):
         """See `Session.load_cache`."""
         return KVCache.load(path, self.layout, self.program.source.device)
 
+    def cache_over(self, buffers: dict[str, Tensor], like: KVCache) -> KVCache:
+        """A cache of this session over buffers that others have, too, with the lengths and the room of another."""
+        return KVCache(self.layout, buffers, like.lengths, like.capacity)
+
 
 def cache_layout(program: Program) -> tuple[CacheBuffer, ...]:
     """The buffers of a program's cache, in the order of its inputs."""

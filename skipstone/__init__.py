@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from skipstone.passes.quantize_kv import FormatChoice as FormatChoice
     from skipstone.passes.quantize_kv import QuantizeKV as QuantizeKV
     from skipstone.passes.quantize_weights import QuantizeWeights as QuantizeWeights
+    from skipstone.passes.self_speculate import SelfSpeculate as SelfSpeculate
     from skipstone.passes.skip_by_prompt import SkipByPrompt as SkipByPrompt
     from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive as SkipFFNAdaptive
     from skipstone.passes.skip_sublayers import SkipSublayers as SkipSublayers
@@ -56,6 +57,7 @@ _HOME = {
     "Report": "skipstone.report",
     "Routers": "skipstone.training",
     "Segment": "skipstone.passes.layer_parallel",
+    "SelfSpeculate": "skipstone.passes.self_speculate",
     "SkipByPrompt": "skipstone.passes.skip_by_prompt",
     "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",

@@ -26,6 +26,7 @@ from skipstone.runtime.executable import Executable
 from skipstone.runtime.onnx.lower import LoweredModel
 from skipstone.runtime.onnx.session import OnnxSession
 from skipstone.runtime.session import Session
+from skipstone.runtime.speculate import SpeculativeSession
 
 
 def load(
@@ -108,8 +109,11 @@ def _device(target: str, saved: str, asked: str | torch.device | None) -> torch.
 def _opened(program: Program, models: list[LoweredModel], threads: int | None) -> Session:
     """The session of ONNX models that were saved."""
     with reading("the ONNX model"):
-        programs = (program, *program.continuations)
+        drafts = () if program.draft is None else (program.draft.program,)
+        programs = (program, *program.continuations, *drafts)
         first, *rest = (OnnxSession(each, threads, model) for each, model in zip(programs, models, strict=True))
+    if drafts:
+        return SpeculativeSession(first, *rest)
     return PromptSession(first, rest) if rest else first
 
 

@@ -40,6 +40,7 @@ from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.predicate_ffn import PredicateFFN
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.quantize_weights import QuantizeWeights
+from skipstone.passes.self_speculate import SelfSpeculate
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
@@ -56,6 +57,7 @@ _STACKS: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary(
 _UNSEEN = {
     SkipByPrompt: "which tokens are a prompt, and which program read it",
     QuantizeKV: "the cache between two calls, whose format would change",
+    SelfSpeculate: "what is generated from call to call",
 }
 """Rewrites that need what a single call does not show."""
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipstone.calibrate import CalibrationData, token_batches
 from skipstone.ir.capture.exported import refuse_unusable
-from skipstone.ir.errors import ArtifactError, InvalidInput
+from skipstone.ir.errors import ArtifactError, InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role
 from skipstone.optimize import Stages, cache_line, capture, carried_out, check_model, check_plan, report_of, rewrite
+from skipstone.passes.self_speculate import SelfSpeculate
 from skipstone.plan import Plan
 from skipstone.report import Report
 from skipstone.runtime.directory import check_tokenizer, new_directory
@@ -89,6 +90,9 @@ def export_onnx(
     plan = Plan([]) if plan is None else plan
     refuse_unusable(model)
     check_plan(plan, TARGET, calibration is not None)
+    if any(isinstance(entry, SelfSpeculate) for entry in plan):
+        hint = "Leave it out; skipstone.optimize(...).save(...) keeps the draft."
+        raise Unsupported(f"{SelfSpeculate.name} in an ONNX model, which has no loop over tokens", hint=hint)
     if format == "genai":
         _check_end_token(model)
     with closing(Stages(progress)) as stages:  # a bar that is left would be drawn anew behind the error

@@ -24,9 +24,9 @@ from skipstone.ir.cost import cost, evaluate, example_sizes, kv_bytes_per_token
 from skipstone.ir.dialect import GATE
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.printer import readable
-from skipstone.ir.program import Program, Record
+from skipstone.ir.program import Draft, Program, Record
 from skipstone.ir.stream import PARALLEL, SublayerKind, find_stream, note_layers
-from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
+from skipstone.passes.base import Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
@@ -36,6 +36,7 @@ from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.predicate_ffn import PredicateFFN
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.quantize_weights import QuantizeWeights
+from skipstone.passes.self_speculate import SelfSpeculate
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.plan import Plan
@@ -212,10 +213,36 @@ def rewrite(
         the rewritten program, and the reason why it has no KV cache although one was asked for.
     """
     note_layers(program)
-    before: list[Pass] = [CastToFloat32()] if target == "onnxruntime" and _is_half(program) else []
+    if target == "onnxruntime" and _is_half(program):
+        program = run_pass(CastToFloat32(), program, strict)
+    options: dict[str, Any] = {"target": target, "cache": cache, "strict": strict}
+    result, refusal = _rewritten(program, plan, batches=batches, progress=progress, **options)
+    for entry in plan:
+        if isinstance(entry, SelfSpeculate):
+            if not result.slots():
+                feature = f"{entry.name} without a KV cache"
+                raise refusal or Unsupported(feature, hint="Leave it out, or use cache=True.")
+            # What was measured for the model holds for the draft: they share what it quantizes.
+            draft, _ = _rewritten(program, Plan.of(entry.entries(plan), tensors=result.calibration), **options)
+            result.draft = Draft(draft, entry.tokens, {})
+            result = run_pass(entry, result, strict)
+    return result, refusal
+
+
+def _rewritten(
+    program: Program,
+    plan: Plan,
+    *,
+    target: str,
+    cache: bool,
+    strict: bool,
+    batches: Sequence[Batch] = (),
+    progress: bool = False,
+) -> tuple[Program, Unsupported | None]:
+    """`rewrite`, without a draft."""
     quantize = _quantization(plan)
-    first = [entry for entry in plan if not isinstance(entry, (*SIDE_BY_SIDE, *BEHIND_CACHE))]
-    program = Pipeline([*before, Cleanup(), *first], strict).run(program)
+    first = [entry for entry in plan if not isinstance(entry, (*SIDE_BY_SIDE, *BEHIND_CACHE, SelfSpeculate))]
+    program = Pipeline([Cleanup(), *first], strict).run(program)
     program.calibration = dict(plan.tensors)
     if quantize is not None:
         program = prepare_quantization(program, quantize, batches, strict, progress)
@@ -279,8 +306,15 @@ def check_plan(plan: Plan, target: str, calibrated: bool) -> None:
     if not isinstance(plan, Plan):
         raise UserError(f"plan is {type(plan).__name__}, expected skipstone.Plan.", hint="Use Plan.load(path).")
     for entry in plan:
-        if isinstance(entry, (LayerParallel, SkipByPrompt, SkipFFNAdaptive)):
+        if isinstance(entry, (LayerParallel, SkipByPrompt, SkipFFNAdaptive, SelfSpeculate)):
             entry.validate()
+        if isinstance(entry, SelfSpeculate):
+            if any(isinstance(each, SkipByPrompt) for each in plan):
+                hint = "Leave one of them out."
+                raise Unsupported(
+                    f"{entry.name} together with skip_by_prompt, which goes on by several programs", hint=hint
+                )
+            check_plan(Plan.of(entry.entries(plan), tensors=plan.tensors), target, calibrated)
         if isinstance(entry, QuantizeWeights) and target == "triton":
             hint = "Use target='onnxruntime' on the CPU, or skipstone.export_onnx(model, directory, plan)."
             raise Unsupported(f"{entry.name} on the triton target", hint=hint)
@@ -331,6 +365,9 @@ def _check_budget(budget: Budget | None, plan: Plan, calibration: CalibrationDat
         raise UserError(
             f"budget is {type(budget).__name__}, expected skipstone.Budget.", hint="Write Budget(nll=0.01)."
         )
+    if len(plan) and all(isinstance(entry, SelfSpeculate) for entry in plan):
+        hint = "Leave the budget out: what is generated is what the model generates."
+        raise InvalidPlan("self_speculate changes no results, so there is nothing to prove.", hint=hint)
     if cache and any(isinstance(entry, LayerParallel) and entry.kv != "iterate" for entry in plan):
         feature = "a budget for layer_parallel with one slot a layer: sequences are proved as they are read at once"
         raise Unsupported(feature, hint="Take kv='iterate', which decodes token by token what it reads at once.")
@@ -436,12 +473,16 @@ def check_mode(mode: str, target: str) -> None:
 
 
 def lower(program: Program, target: str, threads: int | None = None, mode: Mode = "default") -> Session:
-    """The session of a rewritten program and of what continues it.
+    """The session of a rewritten program, of what continues it, and of what drafts for it.
 
     Raises:
         Unsupported: the target has no exact form for an operator or dtype.
     """
     session = _session(program, target, threads, mode)
+    if program.draft is not None:
+        from skipstone.runtime.speculate import SpeculativeSession
+
+        return SpeculativeSession(session, _session(program.draft.program, target, threads, mode))
     if not program.continuations:
         return session
     from skipstone.runtime.by_prompt import PromptSession

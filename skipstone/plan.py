@@ -31,6 +31,7 @@ from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.quantize_weights import QuantizeWeights
+from skipstone.passes.self_speculate import SelfSpeculate
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
@@ -48,6 +49,7 @@ ENTRIES: tuple[type[Pass], ...] = (
     SkipByPrompt,
     SkipFFNAdaptive,
     QuantizeKV,
+    SelfSpeculate,
 )
 
 
@@ -82,6 +84,11 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @classmethod
+    def of(cls, entries: Iterable[Pass], **settings: Any) -> Plan:
+        """A plan of entries in any order; the settings are its other attributes."""
+        return cls(sorted(entries, key=lambda entry: ENTRIES.index(type(entry))), **settings)
 
     def to_json(self) -> str:
         """The plan as JSON text."""

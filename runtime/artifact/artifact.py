@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from skipstone.ir.errors import Unsupported
-from skipstone.ir.program import Program
+from skipstone.ir.program import Draft, Program
+from skipstone.ir.verify import verify
 from skipstone.runtime.artifact import packages, weights
 from skipstone.runtime.artifact.graph import Sizes, program_from_data, program_to_data, sizes_of
 from skipstone.runtime.artifact.onnx_model import lowered_model
@@ -22,6 +23,7 @@ from skipstone.runtime.directory import check_tokenizer
 from skipstone.runtime.onnx.lower import LoweredModel
 from skipstone.runtime.onnx.session import OnnxSession
 from skipstone.runtime.session import ProgramSession, Session
+from skipstone.runtime.speculate import SpeculativeSession
 
 if TYPE_CHECKING:
     from skipstone.runtime.executable import Executable
@@ -50,6 +52,7 @@ def save(
         "cache_refusal": None,
         "model_output": executable.output_adapter is not None,
         "programs": [program_to_data(each) for each in programs],
+        "draft": _draft_to_data(programs[0]),
         "sizes": sizes_of(programs),
     }
     if (refusal := executable.cache_refusal) is not None:
@@ -84,11 +87,32 @@ def onnx_file(number: int) -> str:
 
 def parts_of(session: Session) -> list[ProgramSession]:
     """The sessions of single programs that a session consists of."""
-    parts = [session.prompts, *session.continuations] if isinstance(session, PromptSession) else [session]
+    parts: list[Session] = [session]
+    if isinstance(session, PromptSession):
+        parts = [session.prompts, *session.continuations]
+    elif isinstance(session, SpeculativeSession):
+        parts = [session.model, session.draft]
     for each in parts:
         if not isinstance(each, ProgramSession):
             raise Unsupported(f"saving a {type(each).__name__}")
     return parts  # type: ignore[return-value]
+
+
+def _draft_to_data(program: Program) -> dict[str, Any] | None:
+    """What is to be known of a draft besides its program, which follows the one that it drafts for."""
+    if program.draft is None:
+        return None
+    buffers = {name: list(sources) for name, sources in program.draft.buffers.items()}
+    return {"tokens": program.draft.tokens, "buffers": buffers}
+
+
+def _draft(data: Mapping[str, Any], program: Program) -> Draft:
+    """What `_draft_to_data` says of a draft, with its program."""
+    buffers = {str(name): tuple(str(each) for each in sources) for name, sources in data["buffers"].items()}
+    tokens = _count(data["tokens"])
+    if tokens is None:
+        raise ValueError("a draft of no tokens")
+    return Draft(program, tokens, buffers)
 
 
 def _labelled(number: int, program: Program) -> list[tuple[str, Tensor]]:
@@ -160,7 +184,13 @@ class Artifact:
             sizes = Sizes(self._data["sizes"])
             own = [{name: tensors[label] for name, label in each.items()} for each in labels]
             programs = [program_from_data(*each, sizes, device) for each in zip(data, own, strict=True)]
-            programs[0].continuations = tuple(programs[1:])
+            draft = self._data.get("draft")  # version 1 has none
+            if draft is None:
+                programs[0].continuations = tuple(programs[1:])
+            else:
+                (drafting,) = programs[1:]
+                programs[0].draft = _draft(draft, drafting)
+            verify(programs[0], after="saving", rules=(9, 10))
         if not models:
             return programs[0], []
         return programs[0], [self._model(number, each, tensors) for number, each in enumerate(programs)]

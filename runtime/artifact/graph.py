@@ -33,7 +33,7 @@ LARGEST_NUMBER = 2**63
 
 _TENSOR_NAME = re.compile(r"(?!__)[\w-]+(\.(?!__)[\w-]+)*", re.ASCII)
 _PATH = re.compile(r"[\w.\[\]<>'@ -]*", re.ASCII)
-_LAYER, _HEADS = INHERITED
+_LAYER, _HEADS = INHERITED[:2]  # what attentions are made of is for passes alone
 _CONSTANTS: Mapping[str, Mapping[str, Any]] = {
     "dtype": DTYPES,
     "layout": {"strided": torch.strided},

@@ -22,7 +22,7 @@ from skipstone.ir.errors import ArtifactError, Malformed, SkipstoneError
 from skipstone.runtime import directory as directories
 
 MANIFEST = "skipstone.json"
-FORMAT, VERSION = "skipstone.artifact", 1
+FORMAT, VERSION = "skipstone.artifact", 2
 JSON_BYTES, JSON_DEPTH = 64 * 2**20, 64
 """JSON files are not larger and not deeper."""
 

@@ -49,6 +49,7 @@ class Pool:
     def __init__(self, layout: Sequence[CacheBuffer], device: torch.device) -> None:
         self.layout, self.device = tuple(layout), device
         self._idle: list[Storage] = []
+        self._held: list[Storage] = []
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of at least `capacity` tokens.
@@ -82,6 +83,19 @@ class Pool:
                 cache.buffers = dict(storage.buffers)
             cache.lease = lease = self._lease(storage)
         return lease.storage
+
+    def hold(self, cache: KVCache) -> None:
+        """Keep the buffers of a cache, which others lease, as its storage, or find the one that they are already.
+
+        They are leased to nobody else from here, and forgotten when others came since.
+        """
+        for storage in self._held:
+            if storage.buffers.keys() == cache.buffers.keys() and Lease(storage).covers(cache):
+                cache.lease = Lease(storage)
+                return
+        storage = Storage(cache.batch, cache.capacity, dict(cache.buffers))
+        self._held = [*self._held, storage][-IDLE:]
+        cache.lease = Lease(storage)
 
     def _take(self, batch: int, capacity: int) -> Storage | None:
         for place, storage in enumerate(self._idle):

@@ -136,6 +136,13 @@ class TritonSession(ProgramSession):
         with self._turn:
             return self._pool.new_cache(batch, capacity)
 
+    def cache_over(self, buffers: dict[str, Tensor], like: KVCache) -> KVCache:
+        """See `ProgramSession.cache_over`."""
+        cache = super().cache_over(buffers, like)
+        with self._turn:
+            self._pool.hold(cache)
+        return cache
+
     def example_inputs(self, graph: str, batch: int) -> list[Tensor]:
         """Inputs of a graph that read a prompt of `batch` sequences, or go on with them, and give one row of logits."""
         columns, capacity = EXAMPLES[graph][0]
