@@ -33,11 +33,12 @@ from skipstone.budget import Comparison, compare
 from skipstone.certify import behind_prompts, chosen_sets, logits
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.stream import find_stream, note_layers
-from skipstone.optimize import lower, optimize, rewrite
+from skipstone.optimize import lower, optimize
 from skipstone.passes.skip_by_prompt import BIAS, WEIGHT, SkipByPrompt
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
 from skipstone.prompts import skip_by_prompt
+from skipstone.rewrite import rewrite
 from skipstone.runtime.executable import TokenModel
 from skipstone.search import search
 from skipstone.training import train_routers

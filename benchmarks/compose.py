@@ -31,7 +31,7 @@ from skipstone.budget import compare
 from skipstone.calibrate import Batch
 from skipstone.certify import behind_prompts, logits
 from skipstone.ir.program import Program
-from skipstone.optimize import capture, lower, rewrite
+from skipstone.optimize import capture, lower
 from skipstone.passes.base import Pass
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel, Segment
@@ -39,6 +39,7 @@ from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.executable import TokenModel
 
 ALONE = "skipped", "parallel", "adaptive", "int8_kv"

@@ -27,9 +27,10 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream
 from skipstone.masking import mask_tokens
-from skipstone.optimize import optimize, rewrite
+from skipstone.optimize import optimize
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.denoise import MaskedLM
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable

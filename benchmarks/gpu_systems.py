@@ -25,8 +25,9 @@ from benchmarks.harness import Row, Turn
 from benchmarks.workers import System
 from skipstone.ir.program import Program
 from skipstone.ir.row_linear import MOST_ROWS
-from skipstone.optimize import capture, lower, rewrite
+from skipstone.optimize import capture, lower
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.triton import products

@@ -34,12 +34,12 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.device import measure_cpu
 from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream
-from skipstone.optimize import rewrite
 from skipstone.passes.base import run_pass
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel, Policy, Segment
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import TokenModel
 from skipstone.runtime.onnx.session import OnnxSession

@@ -33,9 +33,10 @@ from skipstone.calibrate import Batch
 from skipstone.certify import logits
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.stream import note_layers
-from skipstone.optimize import optimize, rewrite
+from skipstone.optimize import optimize
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import TokenModel
 from skipstone.search import Selection, search

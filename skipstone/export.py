@@ -16,10 +16,11 @@ from skipstone.calibrate import CalibrationData, token_batches
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.errors import ArtifactError, InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role
-from skipstone.optimize import Stages, cache_line, capture, carried_out, check_model, check_plan, report_of, rewrite
+from skipstone.optimize import Stages, cache_line, capture, carried_out, report_of
 from skipstone.passes.self_speculate import SelfSpeculate
 from skipstone.plan import Plan
 from skipstone.report import Report
+from skipstone.rewrite import check_model, check_plan, rewrite
 from skipstone.runtime.directory import check_tokenizer, new_directory
 from skipstone.runtime.onnx.columns import ColumnForms, in_columns
 from skipstone.runtime.onnx.files import DECODE_FILE, MODEL_FILE, Weights, write

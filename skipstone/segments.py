@@ -27,12 +27,13 @@ from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Port, Program, Role
 from skipstone.ir.regions import behind
 from skipstone.ir.stream import find_stream, note_layers
-from skipstone.optimize import capture, rewrite
+from skipstone.optimize import capture
 from skipstone.passes.base import run_pass
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel, Segment, Unit
 from skipstone.plan import Plan
 from skipstone.report import count, render
+from skipstone.rewrite import rewrite
 from skipstone.units import profile_of
 
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)

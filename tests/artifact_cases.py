@@ -24,8 +24,9 @@ from skipstone import (
 from skipstone.calibrate import token_batches
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.program import Program
-from skipstone.optimize import carried_out, lower, model_output, rewrite
+from skipstone.optimize import carried_out, lower, model_output
 from skipstone.passes.skip_by_prompt import CENTROIDS
+from skipstone.rewrite import rewrite
 from skipstone.runtime.executable import Executable
 from tests import models
 from tests.versions import skip_without_group_query_attention

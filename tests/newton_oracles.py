@@ -78,9 +78,9 @@ from skipstone import LayerParallel, Plan, Segment
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.program import Program
-from skipstone.optimize import rewrite
 from skipstone.passes.base import run_pass
 from skipstone.passes.cleanup import Cleanup
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from tests import models

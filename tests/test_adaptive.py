@@ -13,8 +13,8 @@ from skipstone.calibrate import token_batches
 from skipstone.errors import InvalidInput, InvalidPlan, Unsupported
 from skipstone.ir.program import Program
 from skipstone.ir.stream import SublayerKind, find_stream
-from skipstone.optimize import rewrite
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from tests import models

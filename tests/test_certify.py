@@ -22,7 +22,7 @@ from skipstone.certify import candidates, certify, logits, speedup, within
 from skipstone.errors import InvalidInput, Unsupported, UserError
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.program import Program
-from skipstone.optimize import rewrite
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from tests.models import VOCABULARY, model
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from skipstone.optimize import rewrite
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.onnx.session import OnnxSession

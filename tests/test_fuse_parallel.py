@@ -17,10 +17,10 @@ from skipstone.ir.dialect import ATTENTION
 from skipstone.ir.lanes import Pack
 from skipstone.ir.program import Program
 from skipstone.ir.stream import PARALLEL, find_stream
-from skipstone.optimize import rewrite
 from skipstone.passes.base import Status, run_pass
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.stacked_weights import StackedWeights
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from tests import models

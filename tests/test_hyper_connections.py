@@ -20,9 +20,9 @@ from skipstone.ir.capture.module import capture_module
 from skipstone.ir.program import Program
 from skipstone.ir.stream import SublayerKind, find_stream
 from skipstone.ir.surrogate import Coefficient
-from skipstone.optimize import rewrite
 from skipstone.passes.base import run_pass
 from skipstone.passes.skip_by_prompt import CENTROIDS
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from skipstone.similarity import measure_similarity

@@ -17,9 +17,9 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.key_bias import large_key_biases
 from skipstone.ir.program import Program
 from skipstone.ir.stream import note_layers
-from skipstone.optimize import rewrite
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import TokenModel
 

@@ -18,8 +18,8 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.printer import readable
 from skipstone.ir.program import Program
-from skipstone.optimize import rewrite
 from skipstone.passes.base import run_pass
+from skipstone.rewrite import rewrite
 from tests import models
 from tests.newton_oracles import (
     FORMS,

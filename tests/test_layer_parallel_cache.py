@@ -21,8 +21,9 @@ from skipstone.ir.dialect import CACHED_OPS, GATE
 from skipstone.ir.program import module_path
 from skipstone.ir.statistics import sites
 from skipstone.ir.stream import find_stream
-from skipstone.optimize import footprint, rewrite
+from skipstone.optimize import footprint
 from skipstone.passes.base import run_pass
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from tests import models

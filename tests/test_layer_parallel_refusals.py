@@ -16,8 +16,8 @@ from skipstone.ir.capture.module import capture_module
 from skipstone.ir.dialect import CACHED_OPS
 from skipstone.ir.program import Port, Program, Role, module_path
 from skipstone.ir.stream import find_stream
-from skipstone.optimize import rewrite
 from skipstone.passes.base import run_pass
+from skipstone.rewrite import rewrite
 from tests import models
 from tests.newton_oracles import (
     FORMS,

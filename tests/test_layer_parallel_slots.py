@@ -28,9 +28,9 @@ from skipstone.ir.errors import InternalError, Malformed
 from skipstone.ir.program import Program, Role, module_path
 from skipstone.ir.sequence import prove_cacheable
 from skipstone.ir.verify import verify
-from skipstone.optimize import rewrite
 from skipstone.passes.base import Status, run_pass
 from skipstone.passes.kv_cache import InsertKVCache
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.onnx.session import OnnxSession

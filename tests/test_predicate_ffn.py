@@ -23,10 +23,10 @@ from skipstone.ir.gates import spared
 from skipstone.ir.predicated import predicated_linear
 from skipstone.ir.program import Port, Program, Role, provenance
 from skipstone.ir.stream import SublayerKind, find_stream
-from skipstone.optimize import rewrite
 from skipstone.passes.base import Status, run_pass
 from skipstone.passes.predicate_ffn import PredicateFFN
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from tests import models, predicated_cases

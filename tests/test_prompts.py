@@ -20,9 +20,9 @@ from skipstone.certify import by_set, certify, chosen_sets, logits, prompt_lengt
 from skipstone.errors import InvalidInput, Unsupported
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.program import Program
-from skipstone.optimize import rewrite
 from skipstone.passes.skip_by_prompt import CENTROIDS
 from skipstone.prompts import cluster, prompt_profiles, skip_by_prompt
+from skipstone.rewrite import rewrite
 from skipstone.runtime.by_prompt import PromptSession
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable

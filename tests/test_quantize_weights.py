@@ -42,10 +42,11 @@ from skipstone.ir.cost import cost, evaluate
 from skipstone.ir.dialect import MATMUL_NBITS, matmul_nbits
 from skipstone.ir.program import Program
 from skipstone.ir.sequence import offenders
-from skipstone.optimize import check_plan, lower, rewrite
+from skipstone.optimize import lower
 from skipstone.passes.base import run_pass
 from skipstone.passes.quantize_weights import quantized
 from skipstone.passes.skip_by_prompt import CENTROIDS
+from skipstone.rewrite import check_plan, rewrite
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.onnx.runner import Runner
 from skipstone.runtime.onnx.session import OnnxSession

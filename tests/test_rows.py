@@ -15,9 +15,9 @@ from skipstone import FuseParallel, LayerParallel, Segment
 from skipstone.ir.capture.module import capture_module
 from skipstone.ir.norms import rms_norm
 from skipstone.ir.program import Program
-from skipstone.optimize import rewrite
 from skipstone.passes.layer_parallel import Unit
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.triton import products
 from skipstone.runtime.triton.lower import decode_graph, lower
 from skipstone.runtime.triton.products import gather, linear, matmul, multiply

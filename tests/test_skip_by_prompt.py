@@ -25,8 +25,8 @@ from skipstone.ir.printer import readable
 from skipstone.ir.program import Program, Role
 from skipstone.ir.stream import SublayerKind, find_stream
 from skipstone.ir.verify import verify
-from skipstone.optimize import rewrite
 from skipstone.passes.skip_by_prompt import BIAS, CENTROIDS, WEIGHT
+from skipstone.rewrite import rewrite
 from skipstone.runtime.by_prompt import PromptSession
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable, Layout

@@ -27,8 +27,8 @@ from skipstone.ir.printer import readable
 from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream
 from skipstone.ir.verify import verify
-from skipstone.optimize import rewrite
 from skipstone.passes.base import Pipeline
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.onnx.lower import LoweredModel, lower

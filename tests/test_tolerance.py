@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skipstone import FuseParallel, LayerParallel, Plan, Segment, optimize
 from skipstone.errors import InvalidPlan, Unsupported
 from skipstone.ir.program import Program
-from skipstone.optimize import rewrite
 from skipstone.passes.base import run_pass
+from skipstone.rewrite import rewrite
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable
 from tests import hyper_models, models

@@ -28,10 +28,11 @@ from skipstone.ir.experts import experts_reference
 from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream
 from skipstone.objective import divergence, log_probabilities
-from skipstone.optimize import lower, rewrite
+from skipstone.optimize import lower
 from skipstone.passes.base import run_pass
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.skip_by_prompt import BIAS, WEIGHT
+from skipstone.rewrite import rewrite
 from skipstone.routed import RoutedProgram
 from skipstone.runtime.executable import Executable
 from skipstone.training import Routers, train_routers

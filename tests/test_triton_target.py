@@ -22,8 +22,9 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.dialect import CACHED_ATTENTION, EXPERTS, GATE, PREDICATED_LINEAR, SKIP_PREDICATE
 from skipstone.ir.experts import Activation, Layout, experts_reference
 from skipstone.ir.program import Program, Role
-from skipstone.optimize import optimize, rewrite
+from skipstone.optimize import optimize
 from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import Executable

@@ -17,12 +17,12 @@ from skipstone.ir.capture.validate import relative_difference
 from skipstone.ir.dialect import EXPERTS, QUANTIZED_CACHED_ATTENTION
 from skipstone.ir.program import Program
 from skipstone.ir.stream import note_layers
-from skipstone.optimize import prepare_quantization
 from skipstone.passes.base import Pipeline, Status, run_pass
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.kv_cache import InsertKVCache
 from skipstone.passes.quantize_kv import QuantizeKV
+from skipstone.rewrite import prepare_quantization
 from skipstone.runtime.eager import EagerSession
 from skipstone.runtime.executable import TokenModel
 from tests.tiny_models import tiny_model, tokens
