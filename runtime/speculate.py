@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.ir.errors import InternalError
+from skipstone.ir.program import Draft
 from skipstone.runtime.cache import Cache, KVCache
 from skipstone.runtime.decoding import read_prompt
 from skipstone.runtime.executable import TokenModel
@@ -53,19 +53,18 @@ class SpeculativeSession:
     """A program's session together with that of its draft; see `skipstone.runtime.session.Session`.
 
     Args:
-        model: of a program with a draft.
-        draft: of that draft.
+        model: of a program.
+        draft: of its draft's program.
+        how: the draft.
     Attributes:
+        tokens: how many are guessed before the model checks them.
         speculation: counts over all sequences that were generated.
     """
 
-    def __init__(self, model: ProgramSession, draft: ProgramSession) -> None:
-        if model.program.draft is None:
-            raise InternalError("a session without a draft")
+    def __init__(self, model: ProgramSession, draft: ProgramSession, how: Draft) -> None:
         self.program, self.layout = model.program, model.layout
         self.model, self.draft = model, draft
-        self.tokens = model.program.draft.tokens
-        self.sources = model.program.draft.buffers
+        self.tokens, self.sources = how.tokens, how.buffers
         self.speculation = Speculation()
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +107,6 @@ class DraftCache:
                 buffers[each.name] = cache.buffers[sources[0]]
                 taken.add(sources[0])
             else:  # heads of several, or iterations that would overwrite each other's
-                buffers[each.name] = each.allocate(cache.batch, cache.capacity, cache.lengths.device)
                 self._copied[each.name] = sources
         self.kv = session.draft.cache_over(buffers, cache)
 
@@ -237,7 +235,9 @@ class _Written:
         for chosen in choices:
             written = chosen if self._pad_token is None else torch.where(self.running, chosen, self._pad_token)
             self.tokens = torch.cat([self.tokens, written.unsqueeze(1)], dim=1)
-            agrees = kept < guesses.shape[1] and bool(((chosen == guesses[:, kept]) | ~self.running).all())
+            # Without a pad token, sequences that are finished go on, and agree as well.
+            needed = torch.ones_like(self.running) if self._pad_token is None else self.running
+            agrees = kept < guesses.shape[1] and bool(((chosen == guesses[:, kept]) | ~needed).all())
             self.running = self.running & ~self._finished(self.tokens, None)
             if self._streamer is not None:
                 self._streamer.put(written.cpu())

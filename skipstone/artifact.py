@@ -109,11 +109,10 @@ def _device(target: str, saved: str, asked: str | torch.device | None) -> torch.
 def _opened(program: Program, models: list[LoweredModel], threads: int | None) -> Session:
     """The session of ONNX models that were saved."""
     with reading("the ONNX model"):
-        drafts = () if program.draft is None else (program.draft.program,)
-        programs = (program, *program.continuations, *drafts)
+        programs = (program, *program.continuations, *([program.draft.program] if program.draft is not None else []))
         first, *rest = (OnnxSession(each, threads, model) for each, model in zip(programs, models, strict=True))
-    if drafts:
-        return SpeculativeSession(first, *rest)
+    if program.draft is not None:
+        return SpeculativeSession(first, rest[0], program.draft)
     return PromptSession(first, rest) if rest else first
 
 

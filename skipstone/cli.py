@@ -57,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     optimize.add_argument(
         "--budget", type=_limit, metavar="nll=0.01", help="what the plan may cost: nll (relative), kl or top1"
     )
+    optimize.add_argument(
+        "--find-draft",
+        action="store_true",
+        help="let the draft guess tokens that gains most behind the calibration text",
+    )
     optimize.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, with what was calibrated")
     optimize.add_argument("--save", type=Path, metavar="DIR", help="write the executable, for `skipstone generate DIR`")
     optimize.add_argument(
@@ -185,6 +190,7 @@ def describe(model: Any) -> str:
 
 def _optimize(arguments: argparse.Namespace) -> None:
     from skipstone.budget import Budget
+    from skipstone.find import find_self_speculate
     from skipstone.optimize import optimize
     from skipstone.runtime.artifact.store import check_free
 
@@ -200,6 +206,9 @@ def _optimize(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--budget has no data to choose sublayers on and to prove it on.", hint="Add --calibration FILE."
         )
+    if arguments.find_draft and (arguments.calibration is None or arguments.budget or arguments.no_cache):
+        hint = "Add --calibration FILE, and leave out --no-cache; a plan that was proved before is --plan FILE."
+        raise UserError("--find-draft needs text to try drafts on, a cache, and a plan that is settled.", hint=hint)
     plan, budget = _plan(arguments), arguments.budget and Budget(**dict([arguments.budget]))
     model = load_model(arguments.model, arguments.trust_remote_code, arguments.device)
     tokens = calibration = None
@@ -211,7 +220,11 @@ def _optimize(arguments: argparse.Namespace) -> None:
         calibration = _calibration(arguments.calibration, tokenizer, model)
     if arguments.prompt is not None:
         tokens = _tokens(arguments.prompt, tokenizer).to(model.device)
-    executable = optimize(
+    if arguments.find_draft:
+        options = {"target": arguments.target, "threads": arguments.threads, "progress": True}
+        assert calibration is not None
+        plan = find_self_speculate(model, calibration, plan, **options)
+    executable: Any = optimize(
         model,
         plan,
         calibration=calibration,
@@ -232,6 +245,8 @@ def _optimize(arguments: argparse.Namespace) -> None:
     print(executable.report)
     if tokens is not None:
         print(f"\n{_continued(executable, tokenizer, tokens, arguments.max_new_tokens)}")
+        if arguments.find_draft:
+            print(f"\n{executable.speculation}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,14 +11,18 @@ from torch import Tensor, nn
 from skipstone.adaptive import calibrate_adaptive_ffn
 from skipstone.budget import Budget, hold_out
 from skipstone.calibrate import Batch, CalibrationData, joined, token_batches
+from skipstone.drafts import choose_draft
 from skipstone.ir.capture.exported import refuse_unusable
-from skipstone.ir.errors import UserError
+from skipstone.ir.errors import InvalidPlan, UserError
 from skipstone.ir.program import Program
-from skipstone.optimize import capture
+from skipstone.optimize import Target, capture, resolve
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
+from skipstone.passes.self_speculate import SelfSpeculate
+from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.plan import Plan
 from skipstone.prompts import skip_by_prompt
+from skipstone.rewrite import check_model, check_plan
 from skipstone.segments import choose_segment
 
 
@@ -101,6 +106,43 @@ def find_layer_parallel(
     program = capture(model, example_inputs)
     segment = choose_segment(program, _chosen_on(calibration, program, budget), budget, **settings)
     return Plan([LayerParallel((segment,)), FuseParallel()], model=program.source.fingerprint)
+
+
+def find_self_speculate(
+    model: nn.Module,
+    calibration: CalibrationData,
+    plan: Plan | None = None,
+    *,
+    target: Target = "auto",
+    example_inputs: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+) -> Plan:
+    """A plan with the draft that makes `generate` fastest on this machine; what is generated stays the same.
+
+    Drafts with weights of few bits and without some sublayers are lowered and measured behind some of the calibration
+    sequences; see `skipstone.drafts.choose_draft`.
+
+    Args:
+        model, calibration, target, example_inputs: as of `optimize`.
+        plan: what is done to the model besides; None for nothing.
+        settings: which drafts to try (``drafts``), with how many ``tokens`` at a time, ``threads``, ``least_gain`` and
+            ``progress``.
+    Returns:
+        the plan, with `SelfSpeculate` behind its entries.
+    Raises:
+        UserError: the model, the data, the plan or a setting cannot be used.
+        Unsupported: no draft gains enough, or the model can have no cache.
+    """
+    refuse_unusable(model)
+    plan = Plan([]) if plan is None else plan
+    target = resolve(target, next((p.device.type for p in model.parameters()), "cpu"))
+    check_plan(plan, target, calibrated=True)
+    if any(isinstance(entry, (SelfSpeculate, SkipByPrompt)) for entry in plan):
+        raise InvalidPlan("the plan has a draft, or programs of its own to go on with.", hint="Leave that entry out.")
+    program = capture(model, example_inputs)
+    check_model(plan, program)
+    best = choose_draft(program, plan, _chosen_on(calibration, program), target, **settings)
+    return replace(plan, entries=(*plan, best.entry), model=program.source.fingerprint)
 
 
 def _chosen_on(calibration: CalibrationData, program: Program, budget: Budget | None = None) -> list[Batch]:

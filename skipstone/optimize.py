@@ -304,7 +304,7 @@ def lower(program: Program, target: str, threads: int | None = None, mode: Mode 
     if program.draft is not None:
         from skipstone.runtime.speculate import SpeculativeSession
 
-        return SpeculativeSession(session, _session(program.draft.program, target, threads, mode))
+        return SpeculativeSession(session, _session(program.draft.program, target, threads, mode), program.draft)
     if not program.continuations:
         return session
     from skipstone.runtime.by_prompt import PromptSession

@@ -152,6 +152,11 @@ def _run(system: Stepwise, input_ids: Tensor, new_tokens: int) -> tuple[float, f
         return time.perf_counter() - started, None
     logits, cache = system.prefill(input_ids)
     prefilled = time.perf_counter()
+    drafted: Any = system
+    if getattr(system, "speculation", None) is not None:  # a draft is part of `generate`, not of steps
+        written = drafted.generate(input_ids, max_new_tokens=new_tokens, do_sample=False).shape[1] - input_ids.shape[1]
+        generated = time.perf_counter() - prefilled
+        return prefilled - started, max(generated - (prefilled - started), 0.0) / written
     for _ in range(new_tokens):
         logits = system.decode(_greedy(logits), cache)
     return prefilled - started, (time.perf_counter() - prefilled) / new_tokens

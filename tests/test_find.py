@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipstone import Budget, find_adaptive_ffn, find_layer_parallel, find_skip_by_prompt
+from skipstone import Budget, find_adaptive_ffn, find_layer_parallel, find_self_speculate, find_skip_by_prompt
 from skipstone.budget import hold_out
 from skipstone.calibrate import Batch, token_batches
 from tests import models
@@ -16,6 +16,7 @@ from tests import models
 FINDERS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "adaptive": (find_adaptive_ffn, "calibrate_adaptive_ffn", ()),
     "by prompt": (find_skip_by_prompt, "skip_by_prompt", ()),
+    "self speculate": (find_self_speculate, "choose_draft", ()),
     "layer parallel": (find_layer_parallel, "choose_segment", (Budget(nll=0.1),)),
 }
 
@@ -29,7 +30,8 @@ def test_what_is_held_out_is_not_looked_at(name: str, monkeypatch: pytest.Monkey
     find, search, options = FINDERS[name]
     program, seen = models.program("llama"), []
 
-    def stop(_program: Any, batches: Sequence[Batch], *_: Any) -> Any:
+    def stop(_program: Any, *arguments: Any) -> Any:
+        batches: Sequence[Batch] = next(each for each in arguments if isinstance(each, list))
         seen.extend(rows(batches))
         raise InterruptedError
 
