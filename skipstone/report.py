@@ -152,11 +152,11 @@ def _run(system: Stepwise, input_ids: Tensor, new_tokens: int) -> tuple[float, f
         return time.perf_counter() - started, None
     logits, cache = system.prefill(input_ids)
     prefilled = time.perf_counter()
-    drafted: Any = system
     if getattr(system, "speculation", None) is not None:  # a draft is part of `generate`, not of steps
-        written = drafted.generate(input_ids, max_new_tokens=new_tokens, do_sample=False).shape[1] - input_ids.shape[1]
-        generated = time.perf_counter() - prefilled
-        return prefilled - started, max(generated - (prefilled - started), 0.0) / written
+        drafted: Any = system
+        text = drafted.generate(input_ids, max_new_tokens=1 + new_tokens, do_sample=False)
+        behind = time.perf_counter() - prefilled - (prefilled - started)  # it reads the prompt, too: the first token
+        return prefilled - started, max(behind, 0.0) / max(text.shape[1] - input_ids.shape[1] - 1, 1)
     for _ in range(new_tokens):
         logits = system.decode(_greedy(logits), cache)
     return prefilled - started, (time.perf_counter() - prefilled) / new_tokens

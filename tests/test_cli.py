@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from skipstone.cli import main
 from skipstone.ir.errors import InternalError, Unsupported, UserError
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.quantize_weights import QuantizeWeights
+from skipstone.passes.self_speculate import SelfSpeculate
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
 from skipstone.runtime.executable import Executable
@@ -180,6 +182,11 @@ def test_generate_needs_a_tokenizer(capsys):
         (["optimize", "no_such_module:make", "--budget", "nll=0.1"], "no data to choose sublayers on"),
         (["optimize", "no_such_module:make", "--budget", "nll=0.1"], "Add --calibration FILE"),
         (["optimize", "no_such_module:make", "--budget", "top1=2", "--calibration", "text"], "top1 is 2.0"),
+        (["optimize", "no_such_module:make", "--find-draft"], "text to try drafts on"),
+        (
+            ["optimize", "no_such_module:make", "--find-draft", "--calibration", "t", "--no-cache"],
+            "leave out --no-cache",
+        ),
         (["optimize", "tiny_models:llama", "--skip-layers", "1,1"], "1 is given twice"),
         (["optimize", "tiny_models:llama", "--skip-layers", "7"], "layers 0 to 2"),
         (["optimize", "tiny_models:llama", "--prompt", "a"], "has no tokenizer"),
@@ -300,6 +307,22 @@ def test_options_reach_what_they_are_for(capsys, checkpoint: str, monkeypatch: p
     assert plan == Plan([SkipSublayers(ffn=(1,)), QuantizeWeights(8, activations="int8")])
     assert exporting["cache"] is False
     assert seen[4][1]["native_code"] is True
+
+
+def test_a_draft_is_found_and_told_of(capsys, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[object] = []
+
+    def find(_model: object, calibration: list[object], plan: Plan, **options: object) -> Plan:
+        asked.extend([len(calibration), plan, options["target"], options["threads"]])
+        return Plan([*plan, SelfSpeculate(tokens=2, skip=SkipSublayers(layers=(0,)))])
+
+    monkeypatch.setattr("skipstone.find.find_self_speculate", find)
+    text = tmp_path / "text"
+    text.write_text("some text to try drafts on")
+    options = ("--find-draft", "--calibration", str(text), "--skip-ffn", "1", "--target", "eager")
+    code, out, _ = run(capsys, "optimize", checkpoint, *options, "--prompt", "a b", "--max-new-tokens", "5")
+    assert code == 0 and re.search(r"\d steps, \d of \d drafted tokens accepted", out)
+    assert asked == [1, Plan([SkipSublayers(ffn=(1,))]), "eager", None]
 
 
 def test_compiled_code_is_saved_where_it_is_asked_for(capsys, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ from skipstone.ir.errors import UserError
 from skipstone.optimize import optimize
 from skipstone.passes.base import Remark, Status
 from skipstone.report import Conversion, Footprint, Report, Stage, Timing, format_bytes, format_count, measure
+from skipstone.runtime.speculate import Speculation
 from tests import models
 
 BEFORE = Footprint(24, 12, 12, flops=2.2e8, weight_bytes=400 * 2**20, kv_bytes_per_token=73728, nodes=900)
@@ -157,6 +158,27 @@ def test_without_a_cache_only_the_prefill_is_measured():
     report.measure(Recorder([], "a", supports_cache=False), torch.ones(1, 3, dtype=torch.long))
     assert report.timing_before is None
     assert report.timing_after is not None and report.timing_after.decode_ms is None
+
+
+def test_with_a_draft_generate_is_measured(monkeypatch: pytest.MonkeyPatch):
+    """Steps are those of the model alone. The time of the prompt, which `generate` reads once more, is left out."""
+    clock, ids = [0.0], torch.ones(1, 3, dtype=torch.int64)
+
+    class Drafting(Recorder):
+        speculation = Speculation()
+
+        def prefill(self, input_ids):
+            clock[0] += 10
+            return super().prefill(input_ids)
+
+        def generate(self, input_ids, max_new_tokens, do_sample):
+            assert max_new_tokens == 9 and not do_sample
+            clock[0] += 10 + 4 * 0.5
+            return torch.ones(1, 3 + 1 + 4, dtype=torch.int64)  # it ended early
+
+    monkeypatch.setattr("skipstone.report.time.perf_counter", lambda: clock[0])
+    timing = measure({"a": Drafting([], "a")}, ids, new_tokens=8, samples=1)["a"]
+    assert (timing.prefill_ms, timing.decode_ms) == (10_000, 500)
 
 
 def test_the_model_is_measured_beside_the_executable(tiny_llama):
