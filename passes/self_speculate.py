@@ -102,6 +102,9 @@ class SelfSpeculate(Pass):
             raise Unsupported(feature, where=module_path(writer), hint="Use kv='iterate' in layer_parallel.")
         if program.draft is None:
             raise InternalError(f"{self.name} without a draft")
+        if not program.draft.program.slots():
+            hint = "Let the draft keep one attention at least."
+            raise Unsupported(f"{self.name} with a draft that has no KV cache", hint=hint)
 
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""

@@ -128,8 +128,14 @@ class ProgramSession(ABC):
         return KVCache.load(path, self.layout, self.program.source.device)
 
     def cache_over(self, buffers: dict[str, Tensor], like: KVCache) -> KVCache:
-        """A cache of this session over buffers that others have, too, with the lengths and the room of another."""
-        return KVCache(self.layout, buffers, like.lengths, like.capacity)
+        """A cache of this session over some buffers that another has, too, with the lengths and the room of that."""
+        own = {
+            each.name: buffers[each.name]
+            if each.name in buffers
+            else each.allocate(like.batch, like.capacity, like.lengths.device)
+            for each in self.layout
+        }
+        return KVCache(self.layout, own, like.lengths, like.capacity)
 
 
 def cache_layout(program: Program) -> tuple[CacheBuffer, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skipstone.ir.errors import Unsupported
 from skipstone.ir.program import Draft, Program
+from skipstone.ir.quantized import SPARE
 from skipstone.ir.verify import verify
 from skipstone.runtime.artifact import packages, weights
 from skipstone.runtime.artifact.graph import Sizes, program_from_data, program_to_data, sizes_of
@@ -109,9 +110,9 @@ def _draft_to_data(program: Program) -> dict[str, Any] | None:
 def _draft(data: Mapping[str, Any], program: Program) -> Draft:
     """What `_draft_to_data` says of a draft, with its program."""
     buffers = {str(name): tuple(str(each) for each in sources) for name, sources in data["buffers"].items()}
-    tokens = _count(data["tokens"])
-    if tokens is None:
-        raise ValueError("a draft of no tokens")
+    tokens = data["tokens"]
+    if type(tokens) is not int or not 1 <= tokens < SPARE:
+        raise ValueError(f"a draft of {tokens!r} tokens")
     return Draft(program, tokens, buffers)
 
 

@@ -49,7 +49,7 @@ class Pool:
     def __init__(self, layout: Sequence[CacheBuffer], device: torch.device) -> None:
         self.layout, self.device = tuple(layout), device
         self._idle: list[Storage] = []
-        self._held: list[Storage] = []
+        self._held: list[tuple[Mapping[str, Tensor], Storage]] = []
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of at least `capacity` tokens.
@@ -84,18 +84,27 @@ class Pool:
             cache.lease = lease = self._lease(storage)
         return lease.storage
 
-    def hold(self, cache: KVCache) -> None:
-        """Keep the buffers of a cache, which others lease, as its storage, or find the one that they are already.
+    def held(self, like: KVCache) -> Mapping[str, Tensor]:
+        """The buffers that were held last beside those of `like`, if any were."""
+        found = self._beside(like)
+        return {} if found is None else found.buffers
 
-        They are leased to nobody else from here, and forgotten when others came since.
+    def hold(self, cache: KVCache, like: KVCache) -> None:
+        """Keep the buffers of a cache as its storage, as long as `like` has the buffers that it has now.
+
+        Those that are no buffers of `like` are leased to nobody else; all are forgotten when others came since.
         """
-        for storage in self._held:
-            if storage.buffers.keys() == cache.buffers.keys() and Lease(storage).covers(cache):
-                cache.lease = Lease(storage)
-                return
-        storage = Storage(cache.batch, cache.capacity, dict(cache.buffers))
-        self._held = [*self._held, storage][-IDLE:]
+        storage = self._beside(like)
+        if storage is None:
+            storage = Storage(cache.batch, cache.capacity, dict(cache.buffers))
+            self._held = [*self._held, (dict(like.buffers), storage)][-IDLE:]
         cache.lease = Lease(storage)
+
+    def _beside(self, like: KVCache) -> Storage | None:
+        for buffers, storage in self._held:
+            if buffers.keys() == like.buffers.keys() and all(buffers[name] is like.buffers[name] for name in buffers):
+                return storage
+        return None
 
     def _take(self, batch: int, capacity: int) -> Storage | None:
         for place, storage in enumerate(self._idle):

@@ -138,9 +138,9 @@ class TritonSession(ProgramSession):
 
     def cache_over(self, buffers: dict[str, Tensor], like: KVCache) -> KVCache:
         """See `ProgramSession.cache_over`."""
-        cache = super().cache_over(buffers, like)
         with self._turn:
-            self._pool.hold(cache)
+            cache = super().cache_over({**buffers, **self._pool.held(like)}, like)
+            self._pool.hold(cache, like)
         return cache
 
     def example_inputs(self, graph: str, batch: int) -> list[Tensor]:
