@@ -278,33 +278,6 @@ def test_keys_and_values_are_those_of_decoding_token_by_token(case: str, monkeyp
     assert compared == sorted(set(compared)) and len(compared) > 3 and compared[-1] > 24
 
 
-@pytest.mark.parametrize("case", ["fused", "beneath: channels, fused"])
-def test_a_draft_reads_the_verified_rows(case: str) -> None:
-    """Also behind a crop, and in buffers that have grown."""
-    opt, session = built(CASES[case]), built(CASES[case]).session
-    _, cache = opt.prefill(**prompt(3, 8))
-    draft, seen = DraftCache(session, cache), set()
-    for columns, kept in ((4, 1), (3, 3), (9, 2), (9, 9)):
-        before, old = cache.lengths, draft
-        opt.reserve(cache, int(before.max()) + columns)
-        if not draft.is_of(cache):
-            draft = DraftCache(session, cache)
-        seen.add(draft is old)
-        draft.follow(cache)
-        for name, sources in session.sources.items():
-            both = torch.cat([cache.buffers[each] for each in sources], dim=1)
-            for row, length in enumerate(cache.lengths.tolist()):
-                assert torch.equal(draft.kv.buffers[name][row, :, :length], both[row, :, :length])
-        assert draft.kv.capacity == cache.capacity and torch.equal(draft.kv.lengths, cache.lengths)
-        for _ in range(columns - 1):  # guesses, which are written behind
-            one, row = torch.ones_like(cache.lengths), torch.zeros(2, 1, dtype=torch.int64)
-            session.draft.step(prompt(1, 1)["input_ids"], draft.kv.lengths.unsqueeze(1), one, row, draft.kv)
-            draft.kv.advance(one)
-        opt.decode(torch.randint(3, VOCABULARY, (2, columns)), cache)
-        cache.crop(before + kept)
-    assert seen == {True, False}
-
-
 def test_one_buffer_of_the_model_is_one_of_the_draft() -> None:
     session = built((FAIR,)).session
     cache = session.new_cache(2, 8)

@@ -110,6 +110,35 @@ def test_steps_of_a_draft_are_those_over_the_same_buffers() -> None:
     assert all(buffer.shape[2] == 600 for buffer in grown.buffers.values())
 
 
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("plan", ["fused", pytest.param("quantized", marks=pytest.mark.slow)])
+def test_a_draft_reads_the_verified_rows(plan: str) -> None:
+    """Also behind a crop, and in buffers that have grown. Here the model writes in place, and few rows are copied."""
+    opt, session = on("triton", plan), on("triton", plan).session
+    _, cache = opt.prefill(**prompt(3, 8))
+    draft, seen = DraftCache(session, cache), set()
+    for columns, kept in ((4, 1), (3, 3), (5, 2), (9, 2), (4, 4)):
+        before, old = cache.lengths, draft
+        if columns == 9:
+            cache.grow(cache.capacity + 1)
+        if not draft.is_of(cache):
+            draft = DraftCache(session, cache)
+        seen.add(draft is old)
+        draft.follow(cache)
+        for name, sources in session.sources.items():
+            both = torch.cat([cache.buffers[each] for each in sources], dim=1)
+            for row, length in enumerate(cache.lengths.tolist()):
+                assert torch.equal(draft.kv.buffers[name][row, :, :length], both[row, :, :length])
+        assert draft.kv.capacity == cache.capacity and torch.equal(draft.kv.lengths, cache.lengths)
+        for _ in range(columns - 1):  # guesses, which are written behind
+            one, row = torch.ones_like(cache.lengths), torch.zeros(2, 1, dtype=torch.int64)
+            session.draft.step(prompt(1, 1)["input_ids"], draft.kv.lengths.unsqueeze(1), one, row, draft.kv)
+            draft.kv.advance(one)
+        opt.decode(torch.randint(3, cases.VOCABULARY, (2, columns)), cache)
+        cache.crop(before + kept)
+    assert seen == {True, False}
+
+
 @pytest.mark.slow
 def test_inductor_writes_what_the_eager_target_does() -> None:
     torch._dynamo.reset()
