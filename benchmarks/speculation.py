@@ -1,11 +1,11 @@
 """Does it pay to let a draft guess tokens? Greedy `generate` with drafts and without, on ONNX Runtime.
 
 Drafts are the model with weights of 4 bits (`weights`), without some sublayers (`skip`), and with both (`both`); the
-number behind the name says how many tokens they guess at a time. On the reference model, prompts are held-out text. The
-model of `benchmarks.decode` (`_110m`) has random weights, and random prompts: its steps take the time that those of a
-trained model would take, but how well its drafts guess says nothing of trained ones. Batch 1, prompts of 128 tokens, 64
-new ones behind the first, another prompt in each round; every system counts with the better of one and two threads
-(with --quick, two only).
+number behind the name says how many tokens they guess at a time. The model is the reference model, as it is and in the
+shape of that of `benchmarks.decode` (`_wide`): 85 million parameters, most of them zeros, that compute what the small
+model computes (`benchmarks.widened`), so that guesses are those of a trained model, and steps take the time of a large
+one. Prompts are held-out text. Batch 1, prompts of 128 tokens, 64 new ones behind the first, another prompt in each
+round; every system counts with the better of one and two threads (with --quick, two only).
 
 ``{draft}_gain`` is the time of `generate` without a plan over that with the draft, and ``{draft}_decode_gain`` the same
 without the time of the prompt. ``same_tokens`` is the share of generations that are those without a plan: where two
@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.decode import NEW_TOKENS, PROMPT, QUICK_THREADS, SKIPPED, THREADS, make_model
+from benchmarks.decode import NEW_TOKENS, PROMPT, QUICK_THREADS, THREADS
 from benchmarks.harness import Row, Samples, Turn, arguments, publish, take_turns, timed
 from benchmarks.reference.evaluate import CHECKPOINT, windows
+from benchmarks.widened import widened
 from skipstone.ir.program import Draft, Program
 from skipstone.optimize import capture, lower
 from skipstone.passes.quantize_weights import QuantizeWeights
@@ -60,14 +61,11 @@ def main() -> None:
     threads = QUICK_THREADS if options.quick else THREADS
     small = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     small.generation_config.eos_token_id = None  # every system decodes all the tokens
-    rounds = 7 if options.quick else 24
-    prompts = list(windows("test", rounds, PROMPT)[:, :-1].split(1))
-    rows = measure(small, prompts, drafts(SkipSublayers(ffn=(1, 2))), threads, rounds)
-    large = make_model()
-    rounds = 3 if options.quick else 5
-    random = torch.Generator().manual_seed(1)
-    prompts = list(torch.randint(0, large.config.vocab_size, (rounds, PROMPT), generator=random).split(1))
-    rows += measure(large, prompts, drafts(SkipSublayers(layers=SKIPPED)), threads, rounds, suffix="_110m")
+    large = widened(small, hidden=768, intermediate=2048, heads=12, head_dim=64)
+    entries, rows = drafts(SkipSublayers(ffn=(1, 2))), []
+    for model, suffix, rounds in ((small, "", 7 if options.quick else 24), (large, "_wide", 3 if options.quick else 9)):
+        prompts = list(windows("test", rounds, PROMPT)[:, :-1].split(1))
+        rows += measure(model, prompts, entries, threads, rounds, suffix)
     publish("speculation", rows, options.json)
 
 

@@ -366,6 +366,7 @@ class CausalLM(TokenModel, GenerationMixin):
                 drafting=_stateless(logits_processor) or None,
                 finished=stopping_criteria,
                 max_length=generation_config.max_length,
+                ends_anywhere=is_plain,
                 sample=generation_config.do_sample,
                 pad_token=pad_token,
                 streamer=streamer,

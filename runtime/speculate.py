@@ -138,6 +138,7 @@ def generate_speculatively(
     drafting: Processor | None,
     finished: Callable[[Tensor, None], Tensor],
     max_length: int,
+    ends_anywhere: bool = False,
     positions: Tensor | None = None,
     sample: bool = False,
     pad_token: Tensor | None = None,
@@ -155,6 +156,7 @@ def generate_speculatively(
         processor: as of `generate_tokens`; it is called once for each token that is written. None for none.
         drafting: the same for the draft's guesses, which may be any. None for none.
         max_length: of prompt and new tokens.
+        ends_anywhere: whether `finished` takes tokens on the host, whatever device the prompt is on.
     Returns:
         int64 [B, total], the prompt and the new tokens.
     """
@@ -163,8 +165,8 @@ def generate_speculatively(
     logits, cache, position, length = read_prompt(model, input_ids, attention_mask, positions)
     assert isinstance(cache, KVCache)  # no program with a draft has others
     draft = DraftCache(session, cache)
-    # Where the best tokens are all that is asked for, they alone go to the host.
-    home = torch.device("cpu") if chooser.is_plain else input_ids.device
+    # Where nothing else is asked for, the best tokens are brought to the host all at once.
+    home = torch.device("cpu") if chooser.is_plain and ends_anywhere else input_ids.device
     written = _Written(input_ids.to(home), finished, pad_token, streamer)
     guesses = torch.empty(len(input_ids), 0, dtype=torch.int64, device=home)
     before = None  # lengths of the cache before the model read the guesses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import speculation
 from benchmarks.harness import Row, Samples, Turn
+from benchmarks.widened import widened
 from skipstone import SkipSublayers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,3 +88,14 @@ def test_other_tokens_are_counted() -> None:
     one.written, two.written = ([torch.tensor([[number, last]]) for number in range(4)] for last in (5, 5))
     two.written[2] = torch.tensor([[2, 6]])
     assert one.same_tokens(two) == 0.75
+
+
+@pytest.mark.parametrize("sizes", [(64, 100, 4, 16), (96, 64, 6, 8)])
+def test_a_widened_model_computes_the_same(llama, sizes: tuple[int, ...]) -> None:
+    hidden, intermediate, heads, head_dim = sizes
+    model = copy.deepcopy(llama).double()
+    wide = widened(model, hidden=hidden, intermediate=intermediate, heads=heads, head_dim=head_dim)
+    assert wide.config.num_key_value_heads == heads and wide.model.layers[0].mlp.up_proj.weight.shape[0] == intermediate
+    ids = torch.randint(0, 99, (2, 13), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(wide(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
