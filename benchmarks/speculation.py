@@ -18,7 +18,8 @@ E / (G c + v), with E = (1 - a^(G + 1)) / (1 - a) tokens a step (Leviathan et al
 
 What else could be done: ``lossy``, the 4-bit weights as the plan, without a model that checks them, which is the most
 that drafting can come to; ``lookup``, transformers' `prompt_lookup_num_tokens`, with that number, on our executable
-without a plan; and ``hf``, the model itself.
+without a plan; and ``hf``, the model itself. ``composed`` is the draft with weights of 4 bits that is asked only where
+the text does not repeat itself (`SelfSpeculate.lookup`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ from skipstone.runtime.speculate import Speculation, SpeculativeSession
 TARGET = "onnxruntime"
 WEIGHTS = QuantizeWeights(bits=4, activations="int8")
 TOKENS = {"weights": (4, 8), "skip": (4,), "both": (4,)}  # at a time, of each draft
-LOOKED_UP = 4, 10  # at a time, in the prompt and what is written
+LOOKED_UP = 4, 10  # at a time, in the prompt and what is written, by transformers
+COMPOSED = (
+    "weights",
+    8,
+    10,
+)  # a draft, its tokens at a time, and those that it need not guess since text repeats itself
 WORTH_IT = 1.1  # what is less is not worth the memory of a draft
 STEPS = 16  # that a figure of one step is the mean of
 
@@ -133,7 +139,7 @@ def measure(
     by_threads = {each.threads: each for each in trials}
     gains = {name: samples["plain"].median / samples[name].median for name in trials[0].systems if name != "plain"}
     whole, decode = samples["plain"].median, samples["plain decode"].median
-    best = max(trials[0].speculating, key=lambda name: gains[name])
+    best = max([*trials[0].speculating, "composed"], key=lambda name: gains[name])
     rows = []
     for name, gain in gains.items():
         own = by_threads[samples[name].best_threads]
@@ -145,6 +151,8 @@ def measure(
             rows.append(Row(f"{name}_same_tokens{suffix}", same, None, None, len(own.systems[name].written)))
         if name in own.speculating:
             rows += own.drafting(name, samples, suffix)
+        elif name == "composed":
+            rows += accepted(name, own.composed.speculation, suffix)
     return rows
 
 
@@ -159,7 +167,8 @@ class Trial:
         threads: their number.
     Attributes:
         systems: by name.
-        speculating: the sessions of those that have a draft.
+        speculating: the sessions of those that have a draft alone.
+        composed: the one that looks up what repeats itself, too.
     """
 
     def __init__(
@@ -182,6 +191,10 @@ class Trial:
                 how = replace(each.draft, tokens=tokens)
                 self.speculating[f"{name}_{tokens}"] = SpeculativeSession(self._plain, session, how)
         self.systems |= {name: self._system(name, each) for name, each in self.speculating.items()}
+        kind, tokens, lookup = COMPOSED
+        how = replace(drafted[kind].draft, tokens=tokens, lookup=lookup)  # type: ignore[type-var]
+        self.composed = SpeculativeSession(self._plain, self.speculating[f"{kind}_{tokens}"].draft, how)
+        self.systems["composed"] = self._system("composed", self.composed)
         self.systems["lossy"] = self._system("lossy", self.speculating["weights_4"].draft)
         for count in LOOKED_UP:
             name = f"lookup_{count}"
@@ -226,8 +239,7 @@ class Trial:
         agreement, count = single.accepted / single.drafted, len(timings[0])
         expected = sum(agreement**power for power in range(1 + tokens))
         cost = (tokens * draft + check) / step
-        yield Row(f"{name}_acceptance{suffix}", done.accepted / done.drafted, None, None, done.drafted)
-        yield Row(f"{name}_tokens_a_step{suffix}", 1 + done.accepted / done.steps, None, None, done.steps)
+        yield from accepted(name, done, suffix)
         yield Row(f"{name}_agreement{suffix}", agreement, None, None, single.drafted)
         yield Row(f"{name}_draft_over_step{suffix}", draft / step, step * 1e3, None, count, at_most=True)
         yield Row(f"{name}_check_over_step{suffix}", check / step, step * 1e3, None, count, at_most=True)
@@ -241,6 +253,12 @@ class Trial:
         for ids in self._prompts:
             system.generate(ids, 1 + NEW_TOKENS)
         return other.speculation
+
+
+def accepted(name: str, done: Speculation, suffix: str) -> Iterator[Row]:
+    """How many guesses were right, and what each step of the model gave."""
+    yield Row(f"{name}_acceptance{suffix}", done.accepted / done.drafted, None, None, done.drafted)
+    yield Row(f"{name}_tokens_a_step{suffix}", 1 + done.accepted / done.steps, None, None, done.steps)
 
 
 if __name__ == "__main__":

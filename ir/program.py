@@ -110,11 +110,13 @@ class Draft:
         program: with a cache.
         tokens: how many it guesses before the model checks them.
         buffers: for each of its cache buffers, by name, those of the model whose heads it holds, side by side.
+        lookup: how many tokens are taken from the sequence itself, where it seems to repeat, without asking the draft.
     """
 
     program: Program
     tokens: int
     buffers: Mapping[str, tuple[str, ...]]
+    lookup: int = 0
 
 
 @dataclass

@@ -43,12 +43,16 @@ class SelfSpeculate(Pass):
     Every other entry of the plan holds for both. Of the fields below, at least one says what the draft does besides;
     `skip` adds to what the plan skips, the others stand for the plan's own entry of that kind.
 
+    Text repeats itself. Where the last tokens stood in a sequence before, with `lookup` what followed them there is the
+    guess, which costs nothing (prompt lookup; LLMA, arXiv 2304.04487); elsewhere the draft is asked.
+
     Attributes:
         tokens: how many the draft guesses before the model checks them.
         skip: sublayers that it leaves out.
         parallel: layers that it runs at the same time; what can is fused then (`FuseParallel`).
         weights: bits of its weights, which are beside those of the model.
         adaptive: FFNs that its tokens may skip.
+        lookup: how many tokens are taken from the sequence itself where it seems to repeat, 0 for none.
     """
 
     name: ClassVar[str] = "self_speculate"
@@ -58,6 +62,7 @@ class SelfSpeculate(Pass):
     parallel: LayerParallel | None = None
     weights: QuantizeWeights | None = None
     adaptive: SkipFFNAdaptive | None = None
+    lookup: int = 0
 
     def validate(self) -> None:
         """Refuse settings that fit no model.
@@ -68,6 +73,9 @@ class SelfSpeculate(Pass):
         if not 1 <= self.tokens <= MOST:
             nearest = min(max(self.tokens, 1), MOST)
             raise InvalidPlan(f"{self.name}: {self.tokens} tokens at a time.", hint=f"The nearest is {nearest}.")
+        if not 0 <= self.lookup <= MOST:
+            nearest = min(max(self.lookup, 0), MOST)
+            raise InvalidPlan(f"{self.name}: lookup of {self.lookup} tokens.", hint=f"The nearest is {nearest}.")
         if not self._own() or self._own() == [SkipSublayers()]:
             hint = "Say how it is cheaper, e.g. SelfSpeculate(skip=SkipSublayers(layers=(3,)))."
             raise InvalidPlan(f"{self.name}: the draft is the model itself.", hint=hint)
@@ -111,7 +119,7 @@ class SelfSpeculate(Pass):
         assert program.draft is not None
         draft = program.draft.program
         buffers = dict(_sources(program, draft))
-        program.draft = replace(program.draft, tokens=self.tokens, buffers=buffers)
+        program.draft = replace(program.draft, tokens=self.tokens, buffers=buffers, lookup=self.lookup)
         shared = {tensor.untyped_storage().data_ptr() for tensor in program.tensors().values()}
         own = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()

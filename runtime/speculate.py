@@ -17,6 +17,9 @@ from skipstone.runtime.decoding import read_prompt
 from skipstone.runtime.executable import TokenModel
 from skipstone.runtime.session import GreedySession, ProgramSession
 
+MATCH = 3
+"""A sequence seems to repeat itself where so many tokens stood in it before."""
+
 Processor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,13 +61,14 @@ class SpeculativeSession:
         how: the draft.
     Attributes:
         tokens: how many are guessed before the model checks them.
+        lookup: how many are copied from the sequence itself where it seems to repeat, instead of asking the draft.
         speculation: counts over all sequences that were generated.
     """
 
     def __init__(self, model: ProgramSession, draft: ProgramSession, how: Draft) -> None:
         self.program, self.layout = model.program, model.layout
         self.model, self.draft = model, draft
-        self.tokens, self.sources = how.tokens, how.buffers
+        self.tokens, self.lookup, self.sources = how.tokens, how.lookup, how.buffers
         self.speculation = Speculation()
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,27 +183,33 @@ def generate_speculatively(
             cache.crop(before + kept)
             position, length = position + kept, length + kept
         model.check_length(length + 1)
-        count = min(session.tokens, max_length - written.tokens.shape[1] - 1)
+        room = max_length - written.tokens.shape[1] - 1
         if model.limit is not None:
-            count = min(count, model.limit - length - 1)
-        model.reserve(cache, length + 1 + count)
-        if not draft.is_of(cache):
-            draft = DraftCache(session, cache)
-        draft.follow(cache)
+            room = min(room, model.limit - length - 1)
+        model.reserve(cache, length + 1 + min(room, max(session.tokens, session.lookup)))
         last = written.last.to(model.device)
-        guesses = chooser.guesses(session.draft, draft.kv, written.tokens, last, position, count)
-        columns = torch.arange(1 + count, device=model.device)
+        copied = written.repeated(min(session.lookup, room))
+        if copied is not None:
+            guesses = chooser.copied(copied)
+        else:
+            if not draft.is_of(cache):
+                draft = DraftCache(session, cache)
+            draft.follow(cache)
+            count = min(session.tokens, room)
+            guesses = chooser.guesses(session.draft, draft.kv, written.tokens, last, position, count)
+        columns = torch.arange(1 + guesses.shape[1], device=model.device)
+        read = torch.full_like(cache.lengths, len(columns))
         logits = session.step(
-            torch.cat([last, guesses], dim=1),
+            torch.cat([last, guesses.to(model.device)], dim=1),
             position + columns,
-            torch.full_like(cache.lengths, 1 + count),
+            read,
             columns.expand(len(input_ids), -1).contiguous(),
             cache,
         )
         before = cache.lengths
-        cache.advance(torch.full_like(cache.lengths, 1 + count))
+        cache.advance(read)
         guesses = guesses.to(home)
-        session.speculation.count(steps=1, drafted=count)
+        session.speculation.count(steps=1, drafted=guesses.shape[1])
     if streamer is not None:
         streamer.end()
     return written.tokens.to(input_ids.device)
@@ -223,6 +233,25 @@ class _Written:
         self.goes_on = True
         self._finished, self._streamer = finished, streamer
         self._pad_token = None if pad_token is None else pad_token.to(tokens.device)
+
+    def repeated(self, count: int) -> Tensor | None:
+        """What followed the last time that each sequence had its last `MATCH` tokens, if all of them did before.
+
+        Where less than `count` tokens followed, they are taken to go on repeating.
+
+        Returns:
+            int64 [B, count], or None.
+        """
+        total = self.tokens.shape[1]
+        if count < 1 or total <= MATCH:
+            return None
+        hits = (self.tokens[:, :-1].unfold(1, MATCH, 1) == self.tokens[:, None, -MATCH:]).all(dim=-1)
+        if not bool((hits.any(dim=1) | ~self.running).all()):
+            return None
+        begin = (hits * torch.arange(1, 1 + hits.shape[1], device=hits.device)).amax(dim=1, keepdim=True) + MATCH - 1
+        columns = begin + torch.arange(count, device=hits.device) % (total - begin)
+        # Finished sequences may hold pad tokens, which need not be known to the model.
+        return torch.where(self.running.unsqueeze(1), self.tokens.gather(1, columns), self.last)
 
     def put(self, choices: Iterator[Tensor], guesses: Tensor) -> tuple[int, int]:
         """Write choices [B] up to the first that differs from its guess.
@@ -295,6 +324,11 @@ class _Chooser:
             position = position + 1
         return torch.cat(found, dim=1)[:, 1:]
 
+    def copied(self, guesses: Tensor) -> Tensor:
+        """Guesses [B, count] that were not drawn: each was certain."""
+        self._odds = []
+        return guesses
+
     def _drawn(self, scores: Tensor) -> Tensor:
         if not self._sample:
             return scores.argmax(dim=-1)
@@ -319,7 +353,8 @@ class _Chooser:
             if column == guesses.shape[1]:
                 yield torch.multinomial(model, num_samples=1).squeeze(1)
                 continue
-            draft, guess = self._odds[column], guesses[:, column : column + 1]
+            guess = guesses[:, column : column + 1]
+            draft = self._odds[column] if self._odds else torch.zeros_like(model).scatter_(1, guess, 1.0)
             accepted = torch.rand_like(model[:, :1]) * draft.gather(1, guess) < model.gather(1, guess)
             rest = (model - draft).clamp(min=0)
             # Without any rest the two are equal, and the guess is accepted, but for rounding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -34,8 +35,8 @@ LEAST_GAIN = 1.1
 SHARES = (0.15, 0.3, 0.45)
 """Drafts that skip sublayers leave out about these shares of them."""
 
-TOKENS = (2, 4, 8)
-"""How many tokens at a time are tried."""
+TOKENS, LOOKUPS = (2, 4, 8), (0, 10)
+"""How many tokens at a time are tried, of the draft and of what the sequence itself repeats."""
 
 PROMPTS, PROMPT, NEW_TOKENS = 4, 128, 64
 """How many prompts a draft is tried on, the most tokens that they have, and how many are generated behind each."""
@@ -49,7 +50,7 @@ class DraftFigures:
     """What a draft is worth on data.
 
     Attributes:
-        entry: the draft, with that number of tokens at a time which gained most.
+        entry: the draft, with those numbers of tokens at a time which gained most.
         gain: time of `generate` without it over the time with it, the median over prompts.
         acceptance: share of its guesses that stand in what was generated.
     """
@@ -59,7 +60,8 @@ class DraftFigures:
     acceptance: float
 
     def __str__(self) -> str:
-        guesses = f"{self.acceptance:.0%} of {self.entry.tokens} guesses at a time accepted"
+        lookup = f" or {self.entry.lookup} looked up" if self.entry.lookup else ""
+        guesses = f"{self.acceptance:.0%} of {self.entry.tokens} guesses{lookup} at a time accepted"
         return f"{named(self.entry)}: {self.gain:.2f} times as fast, {guesses}"
 
 
@@ -88,6 +90,7 @@ def choose_draft(
     *,
     drafts: Sequence[SelfSpeculate] | None = None,
     tokens: Sequence[int] = TOKENS,
+    lookups: Sequence[int] = LOOKUPS,
     threads: int | None = None,
     least_gain: float = LEAST_GAIN,
     progress: bool = False,
@@ -99,17 +102,18 @@ def choose_draft(
         plan: what is done to it in any case.
         batches: sequences; the plan is calibrated on them where it has to be.
         target, threads: what runs it, and with how many threads.
-        drafts: which to try, whatever their `tokens`; None for weights of 4 bits (on ONNX Runtime), some sets of
-            sublayers to skip, and both together.
-        tokens: how many tokens at a time are tried.
+        drafts: which to try, whatever their own numbers of tokens; None for weights of 4 bits (on ONNX Runtime), some
+            sets of sublayers to skip, and both together.
+        tokens, lookups: how many tokens at a time are tried; see `SelfSpeculate`.
         least_gain: the least that the best of them must gain.
         progress: show a progress bar.
     Raises:
         InvalidInput: there is no draft or number of tokens to try, or no sequence.
         Unsupported: the program can have no cache, or no draft gains enough; the message says what each does.
     """
-    if not tokens or not all(type(count) is int and 1 <= count <= MOST for count in tokens):
-        raise InvalidInput(f"tokens is {tokens!r}.", hint=f"Give some numbers from 1 to {MOST}.")
+    for name, counts, least in (("tokens", tokens, 1), ("lookups", lookups, 0)):
+        if not counts or not all(type(count) is int and least <= count <= MOST for count in counts):
+            raise InvalidInput(f"{name} is {counts!r}.", hint=f"Give some numbers from {least} to {MOST}.")
     if drafts is not None and not drafts:
         raise InvalidInput("there is no draft to try.", hint="Give some SelfSpeculate entries, or None.")
     start = begin(captured, target)
@@ -132,11 +136,11 @@ def choose_draft(
             except (InvalidPlan, Unsupported) as reason:  # of this one alone; if no other gains, it is said
                 seen.append(str(reason))
                 continue
-            found = _measured(session, entry, prompts, tokens)
+            found = _measured(session, entry, prompts, list(itertools.product(tokens, lookups)))
             seen.append(str(found))
             if found.gain >= least_gain and (best is None or found.gain > best.gain):
                 # Once more: the fastest of several times is lucky, too.
-                again = _measured(session, entry, prompts, [found.entry.tokens])
+                again = _measured(session, entry, prompts, [(found.entry.tokens, found.entry.lookup)])
                 if again.gain >= least_gain and (best is None or again.gain > best.gain):
                     best = again
     if best is None:
@@ -186,21 +190,21 @@ def _prompts(batches: Sequence[Batch], limit: int | None) -> list[Tensor]:
 
 
 def _measured(
-    session: SpeculativeSession, entry: SelfSpeculate, prompts: Sequence[Tensor], tokens: Sequence[int]
+    session: SpeculativeSession, entry: SelfSpeculate, prompts: Sequence[Tensor], settings: Sequence[tuple[int, int]]
 ) -> DraftFigures:
-    """The figures of a draft with the best of some numbers of tokens at a time."""
+    """The figures of a draft with the best of some settings: numbers of tokens that are guessed, and looked up."""
     plain, drafted = (Executable(each, generation_config=GenerationConfig()) for each in (session.model, session))
-    gains: dict[int, list[float]] = {count: [] for count in tokens}
-    counts = {count: Speculation() for count in tokens}
+    gains: dict[tuple[int, int], list[float]] = {each: [] for each in settings}
+    counts = {each: Speculation() for each in settings}
     for prompt in prompts:
         before = _seconds(plain, prompt)
-        for count in tokens:
-            session.tokens, session.speculation = count, counts[count]
-            gains[count].append(before / _seconds(drafted, prompt))
-    best = max(tokens, key=lambda count: statistics.median(gains[count]))
-    seen = counts[best]
+        for each in settings:
+            (session.tokens, session.lookup), session.speculation = each, counts[each]
+            gains[each].append(before / _seconds(drafted, prompt))
+    best = max(settings, key=lambda each: statistics.median(gains[each]))
+    seen, (tokens, lookup) = counts[best], best
     acceptance = seen.accepted / seen.drafted if seen.drafted else 0.0
-    return DraftFigures(replace(entry, tokens=best), statistics.median(gains[best]), acceptance)
+    return DraftFigures(replace(entry, tokens=tokens, lookup=lookup), statistics.median(gains[best]), acceptance)
 
 
 def _seconds(model: Executable, prompt: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -83,6 +84,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def find(model: Any, **settings: Any) -> Plan:
+    settings = {"lookups": [0]} | settings
     return find_self_speculate(model, DATA, target="eager", progress=False, **settings)
 
 
@@ -109,7 +111,9 @@ def test_by_default_sublayers_that_do_nothing_are_skipped(model: Any, clock: Cal
 
 def test_fewer_guesses_at_a_time_where_they_are_dear(model: Any, clock: Callable[..., None]) -> None:
     clock(draft=0.5)
-    figures = choose_draft(program(model).copy(), Plan(), _batches(model), "eager", drafts=[GOOD], tokens=[1, 2])
+    figures = choose_draft(
+        program(model).copy(), Plan(), _batches(model), "eager", drafts=[GOOD], tokens=[1, 2], lookups=[0]
+    )
     # Behind the first token come 12, in 4 steps of 2 guesses and one more.
     assert figures.entry.tokens == 2 and figures.acceptance == 1
     assert figures.gain == pytest.approx(12 / (4 + 0.5 * 8))
@@ -129,6 +133,20 @@ def test_a_lucky_time_is_not_believed(model: Any, clock: Callable[..., None]) ->
         find(model, drafts=[GOOD], tokens=[4])
 
 
+def test_looking_up_is_tried_too(model: Any, clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where drafts are dear, and what follows is known beforehand."""
+    clock(draft=0.0)
+    wanted = {each.tobytes(): text for each, text in _known(model)}
+
+    def repeated(self: Any, count: int) -> Tensor | None:
+        text = wanted[self.tokens[0, :8].numpy().tobytes()]
+        return text[:, self.tokens.shape[1] :][:, :count] if count > 0 else None
+
+    monkeypatch.setattr("skipstone.runtime.speculate._Written.repeated", repeated)
+    (entry,) = find(model, drafts=[BAD], tokens=[2], lookups=[0, 3, 6])
+    assert entry == dataclasses.replace(BAD, tokens=2, lookup=6)
+
+
 def test_a_plan_is_kept_beneath(model: Any, clock: Callable[..., None]) -> None:
     clock(draft=0.2)
     entries = [SkipSublayers(ffn=(4,)), QuantizeKV(k="int8", v="int8")]
@@ -140,6 +158,8 @@ def test_settings_that_cannot_be(model: Any) -> None:
     for tokens in ([], [0], [2, 32], [2.0]):
         with pytest.raises(InvalidInput, match="from 1 to 31"):
             find(model, tokens=tokens)
+    with pytest.raises(InvalidInput, match=r"lookups is \[-1\].*from 0 to 31"):
+        find(model, lookups=[-1])
     with pytest.raises(InvalidInput, match="no draft to try"):
         find(model, drafts=[])
     for entry in (GOOD, SkipByPrompt((SkipSublayers(ffn=(1,)),))):
@@ -154,6 +174,12 @@ def test_drafts_in_words() -> None:
         "2 FFNs and 1 layer less, weights of 8 bits"
     )
     assert named(SelfSpeculate(parallel=parallel)) == "layers 1 to 2, layers 4 to 5 at the same time"
+
+
+def _known(model: Any) -> list[tuple[Any, Tensor]]:
+    """What the model writes behind each sequence."""
+    exact = optimize(model, target="eager", progress=False)
+    return [(each[0].numpy(), exact.generate(each, max_new_tokens=NEW_TOKENS, do_sample=False)) for each in DATA]
 
 
 def _batches(model: Any) -> list[Batch]:

@@ -64,7 +64,7 @@ def test_the_form_of_the_file(tmp_path: Path) -> None:
     plan = Plan([SelfSpeculate(7, SkipSublayers(layers=(3,)))])
     plan.save(tmp_path / "plan.json")
     (entry,) = json.loads((tmp_path / "plan.json").read_text())["entries"]
-    nothing = {"parallel": None, "weights": None, "adaptive": None}
+    nothing = {"parallel": None, "weights": None, "adaptive": None, "lookup": 0}
     assert entry.pop("skip") == {"attention": [], "ffn": [], "layers": [3], "paths": []}
     assert entry == {"pass": "self_speculate", "version": 1, "tokens": 7, **nothing}
     assert Plan.load(tmp_path / "plan.json") == plan

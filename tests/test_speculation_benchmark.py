@@ -52,7 +52,7 @@ def rows(llama) -> dict[str, Row]:
 
 def test_every_lossless_system_writes_the_tokens_of_the_model(rows) -> None:
     same = {name: row for name, row in rows.items() if name.endswith("_same_tokens")}
-    systems = {"weights_4", "weights_8", "skip_4", "both_4", "lookup_4", "lookup_10", "hf"}
+    systems = {"weights_4", "weights_8", "skip_4", "both_4", "composed", "lookup_4", "lookup_10", "hf"}
     assert same.keys() == {f"{name}_same_tokens" for name in systems}
     assert {(row.value, row.samples) for row in same.values()} == {(1.0, ROUNDS)}
 

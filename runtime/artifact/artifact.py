@@ -104,16 +104,17 @@ def _draft_to_data(program: Program) -> dict[str, Any] | None:
     if program.draft is None:
         return None
     buffers = {name: list(sources) for name, sources in program.draft.buffers.items()}
-    return {"tokens": program.draft.tokens, "buffers": buffers}
+    return {"tokens": program.draft.tokens, "lookup": program.draft.lookup, "buffers": buffers}
 
 
 def _draft(data: Mapping[str, Any], program: Program) -> Draft:
     """What `_draft_to_data` says of a draft, with its program."""
     buffers = {str(name): tuple(str(each) for each in sources) for name, sources in data["buffers"].items()}
-    tokens = data["tokens"]
-    if type(tokens) is not int or not 1 <= tokens < SPARE:
-        raise ValueError(f"a draft of {tokens!r} tokens")
-    return Draft(program, tokens, buffers)
+    tokens, lookup = data["tokens"], data["lookup"]
+    for count, least in ((tokens, 1), (lookup, 0)):
+        if type(count) is not int or not least <= count < SPARE:
+            raise ValueError(f"a draft of {count!r} tokens")
+    return Draft(program, tokens, buffers, lookup)
 
 
 def _labelled(number: int, program: Program) -> list[tuple[str, Tensor]]:
