@@ -61,6 +61,7 @@ def divergence(name: str, entry: QuantizeKV) -> float:
     return float((exact.exp() * (exact - got)).sum(-1).mean())
 
 
+@pytest.mark.slow  # the reference model is captured for it
 def test_conditioned_int8_on_the_reference_model() -> None:
     assert divergence("plain", INT8) <= 1e-3
 

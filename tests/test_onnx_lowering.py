@@ -151,7 +151,7 @@ STEPS = [(7, [0, 0]), (1, [7, 4]), (1, [8, 5]), (5, [9, 2]), (3, [0, 7]), (1, [1
         {"heads": 6, "kv_heads": 1, "width": 16},
         {"width": 40},
         pytest.param({"width": 64}, marks=pytest.mark.slow),
-        {"kind": "sliding", "window": 1},
+        pytest.param({"kind": "sliding", "window": 1}, marks=pytest.mark.slow),
         {"kind": "sliding", "window": 4},
         pytest.param({"kind": "sliding", "window": 100}, marks=pytest.mark.slow),
         pytest.param({"softcap": 2.0}, marks=pytest.mark.slow),
@@ -170,7 +170,7 @@ def test_group_query_attention(options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"width": 12},
+        pytest.param({"width": 12}, marks=pytest.mark.slow),
         {"width": 8, "value_width": 16},
         {"kind": "chunked", "window": 4},
         {"width": 20, "sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3},

@@ -376,6 +376,7 @@ def test_generation_is_that_of_each_row_alone() -> None:
         assert logits[:-1].argmax(-1).tolist() == row[PROMPT:].tolist()
 
 
+@pytest.mark.slow  # it is lowered for ONNX Runtime
 def test_a_session_is_used_again_without_a_new_binding() -> None:
     opt = lowered()
     ids = batch()[:1]

@@ -15,6 +15,7 @@ from benchmarks.widened import widened
 from skipstone import SkipSublayers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+measured = pytest.mark.slow  # eight systems are lowered for ONNX Runtime
 
 NEW, ROUNDS = 9, 2
 SECONDS = {"plain": 8.0, "plain decode": 0.5, "skip_4": 4.0, "skip_4 decode": 0.2, "read 1": 0.5, "read 5": 1.0}
@@ -50,6 +51,7 @@ def rows(llama) -> dict[str, Row]:
     return {row.metric.removesuffix("_tiny"): row for row in found}
 
 
+@measured
 def test_every_lossless_system_writes_the_tokens_of_the_model(rows) -> None:
     same = {name: row for name, row in rows.items() if name.endswith("_same_tokens")}
     systems = {"weights_4", "weights_8", "skip_4", "both_4", "composed", "lookup_4", "lookup_10", "hf"}
@@ -57,6 +59,7 @@ def test_every_lossless_system_writes_the_tokens_of_the_model(rows) -> None:
     assert {(row.value, row.samples) for row in same.values()} == {(1.0, ROUNDS)}
 
 
+@measured
 def test_a_draft_that_is_always_right_is_accepted_as_far_as_tokens_are_asked_for(rows) -> None:
     """Of 9 tokens behind the first, two steps give 5 and 4: the second guesses 3."""
     acceptance, steps = rows["skip_4_acceptance"], rows["skip_4_tokens_a_step"]
@@ -67,6 +70,7 @@ def test_a_draft_that_is_always_right_is_accepted_as_far_as_tokens_are_asked_for
     assert rows["weights_4_acceptance"].value < 1
 
 
+@measured
 def test_what_is_predicted_follows_from_the_times(rows) -> None:
     costs = {name: rows[f"skip_4_{name}"].value for name in ("draft_over_step", "check_over_step")}
     assert costs == {"draft_over_step": 32.0, "check_over_step": 2.0}
@@ -75,6 +79,7 @@ def test_what_is_predicted_follows_from_the_times(rows) -> None:
     assert rows["weights_8_predicted_gain"].value == pytest.approx((1 - a**9) / (1 - a) / (8 * 32 + 32))
 
 
+@measured
 def test_gains_are_above_one_where_ours_is_faster_and_the_best_draft_has_the_goal(rows) -> None:
     gain, decode = rows["skip_4_gain"], rows["skip_4_decode_gain"]
     assert (gain.value, gain.baseline, gain.goal, gain.met) == (2.0, 8000.0, 1.1, True)
