@@ -66,8 +66,8 @@ def load(
     if native_code:
         check_packages(artifact.compiled, artifact.store, target, place)
     program, models = artifact.read(place, models=target == "onnxruntime" and artifact.has_models)
-    if target == "triton" and any(True for _ in program.nodes(GATE)):
-        program = run_pass(PredicateFFN(), program)
+    if target == "triton":
+        program = _predicated(program)
     session = _opened(program, models, threads) if models else lower(program, target, threads)
     if native_code and artifact.compiled is not None:
         open_packages(artifact.compiled, artifact.store, parts_of(session))
@@ -83,6 +83,15 @@ def load(
         cache_refusal=artifact.cache_refusal,
         output_adapter=model_output if artifact.model_output else None,
     )
+
+
+def _predicated(program: Program) -> Program:
+    """A program, and its draft, with FFNs that tokens skip in the form of the triton target."""
+    if any(True for _ in program.nodes(GATE)):
+        program = run_pass(PredicateFFN(), program)
+    if program.draft is not None:
+        program.draft = replace(program.draft, program=_predicated(program.draft.program))
+    return program
 
 
 def _device(target: str, saved: str, asked: str | torch.device | None) -> torch.device:

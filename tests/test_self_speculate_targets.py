@@ -15,6 +15,9 @@ import torch
 import skipstone
 from skipstone import QuantizeKV, QuantizeWeights, SelfSpeculate
 from skipstone.errors import ArtifactError
+from skipstone.ir.dialect import GATE, PREDICATED_LINEAR
+from skipstone.ir.program import Program
+from skipstone.ir.verify import verify
 from skipstone.passes.base import Pass
 from skipstone.runtime.artifact import store
 from skipstone.runtime.artifact.artifact import PROGRAM
@@ -23,7 +26,7 @@ from skipstone.runtime.speculate import DraftCache, SpeculativeSession
 from skipstone.runtime.triton import compiled
 from skipstone.runtime.triton import session as triton_session
 from tests import speculation_cases as cases
-from tests.speculation_cases import FAIR, FUSED, LONG, built, counted, plain, prompt
+from tests.speculation_cases import CASES, FAIR, FUSED, LONG, built, counted, plain, prompt
 from tests.versions import skip_without_group_query_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -186,6 +189,28 @@ def test_artifacts_generate_as_before(target: str, plan: str, other: str, tmp_pa
         assert torch.equal(lowered.generate(**batch, **LONG), wanted)
     lowered.save(tmp_path / "again")
     assert torch.equal(opened(tmp_path / "again").generate(**batch, **LONG), lowered.generate(**batch, **LONG))
+
+
+def test_loading_for_triton_predicates_the_draft_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opt = built(CASES["adaptive"])
+    opt.save(tmp_path / "saved")
+    seen: list[Program] = []
+
+    def stop(program: Program, *_: Any) -> Any:
+        seen.append(program)
+        raise InterruptedError
+
+    monkeypatch.setattr("skipstone.artifact.resolve", lambda target, _device: target)
+    monkeypatch.setattr("skipstone.artifact._device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr("skipstone.artifact.lower", stop)
+    with pytest.raises(InterruptedError):
+        skipstone.load(tmp_path / "saved", "triton")
+    (program,) = seen
+    assert program.draft is not None and not any(True for _ in program.nodes(GATE, PREDICATED_LINEAR))
+    kinds = {node.target for node in program.draft.program.nodes(GATE, PREDICATED_LINEAR)}
+    assert kinds == {PREDICATED_LINEAR}
+    verify(program)
+    verify(program.draft.program)
 
 
 @pytest.fixture(scope="module")
