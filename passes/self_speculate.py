@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from skipstone.ir.dialect import WRITING_OPS
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
-from skipstone.ir.program import ATTENTIONS, Program, module_path
+from skipstone.ir.program import ATTENTIONS, Draft, Program, module_path
 from skipstone.ir.quantized import SPARE
 from skipstone.passes.base import Pass, Remark
 from skipstone.passes.fuse_parallel import FuseParallel
@@ -117,9 +118,9 @@ class SelfSpeculate(Pass):
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""
         assert program.draft is not None
-        draft = program.draft.program
+        draft = _sharing(program.draft.program, program)
         buffers = dict(_sources(program, draft))
-        program.draft = replace(program.draft, tokens=self.tokens, buffers=buffers, lookup=self.lookup)
+        program.draft = Draft(draft, self.tokens, buffers, self.lookup)
         shared = {tensor.untyped_storage().data_ptr() for tensor in program.tensors().values()}
         own = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -146,6 +147,20 @@ def _both(one: SkipSublayers, other: SkipSublayers) -> SkipSublayers:
     """What leaves out the sublayers of both."""
     united = {each.name: (*getattr(one, each.name), *getattr(other, each.name)) for each in fields(SkipSublayers)}
     return SkipSublayers(**{name: tuple(dict.fromkeys(values)) for name, values in united.items()})
+
+
+def _sharing(draft: Program, program: Program) -> Program:
+    """A draft with the program's own tensors where it has equal ones: both were rewritten, each for itself."""
+    known: dict[Any, list[Tensor]] = {}
+    for tensor in program.tensors().values():
+        known.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+    places = {tensor.data_ptr() for tensor in program.tensors().values()}
+    tensors = draft.tensors()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() not in places:
+            same = (each for each in known.get((tensor.shape, tensor.dtype), ()) if torch.equal(each, tensor))
+            tensors[name] = next(same, tensor)
+    return replace(draft, module=fx.GraphModule(tensors, draft.graph))
 
 
 _Key = tuple[tuple[str, ...], Any]

@@ -18,6 +18,7 @@ from skipstone import (
     FuseParallel,
     LayerParallel,
     Plan,
+    QuantizeKV,
     QuantizeWeights,
     Segment,
     SelfSpeculate,
@@ -115,6 +116,21 @@ def test_what_is_said_of_a_draft() -> None:
     named = [(name.split(".")[-2], each, parts) for layer, parts in own for name, each in layer.named_parameters()]
     assert whole.numbers["own_bytes"] == sum(each.nbytes for name, each, parts in named if name in parts)
     assert built((FAIR,)).program.history[-1].remarks[0].numbers["own_bytes"] == 0
+
+
+def test_what_both_were_rewritten_to_is_in_memory_once() -> None:
+    """Stacks of layers that the draft runs as the model does, and weights that were conditioned."""
+    alone, beside = (built(entries).program for entries in ((FUSED,), (FuseParallel(), FUSED)))
+    first = [name for name in beside.draft.program.tensors() if name.startswith("rows_")]
+    places = {tensor.data_ptr() for tensor in beside.tensors().values()}
+    shared = [name for name in first if beside.draft.program.tensor(name).data_ptr() in places]
+    assert 0 < len(shared) < len(first)
+    sizes = [each.history[-1].remarks[0].numbers["own_bytes"] for each in (alone, beside)]
+    assert sizes[0] - sizes[1] == sum(beside.draft.program.tensor(name).nbytes for name in shared)
+    conditioned = QuantizeKV("int8", "int8", granularity="token", residual=4)
+    quantized = cases.program((conditioned, FAIR))
+    assert any(each.name == "condition_kv" for each in quantized.history)
+    assert quantized.history[-1].remarks[0].numbers["own_bytes"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
