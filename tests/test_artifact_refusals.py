@@ -150,8 +150,8 @@ def test_what_is_no_artifact_is_refused(artifact: Path, tmp_path: Path) -> None:
     [
         (lambda data: data.update(format="skipstone.plan"), "is no artifact: its format is 'skipstone.plan'"),
         (
-            lambda data: data.update(version=2, written_by={"skipstone": "9.1"}),
-            r"is of version 2, newer than 1\. Update to skipstone 9\.1",
+            lambda data: data.update(version=3, written_by={"skipstone": "9.1"}),
+            r"is of version 3, newer than 2\. Update to skipstone 9\.1",
         ),
         (lambda data: data.update(version=True), "version must be a positive integer, not True"),
         (lambda data: data.update(version=0), "version must be a positive integer, not 0"),

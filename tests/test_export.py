@@ -330,6 +330,7 @@ def bert() -> PreTrainedModel:
     return randomize(BertModel(BertConfig(**sizes), add_pooling_layer=False).eval())
 
 
+@pytest.mark.slow  # an export of its own
 def test_an_encoder_exports_with_skipping(bert, tmp_path) -> None:
     plan = skipstone.SkipSublayers(ffn=(2,))
     for name in ("model.onnx", "left.txt"):  # an earlier export

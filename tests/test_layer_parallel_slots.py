@@ -330,7 +330,8 @@ def test_onnx_runtime_writes_one_buffer_several_times(kv: str) -> None:
     }
 
 
-@pytest.mark.parametrize("kv", ["last", pytest.param("final", marks=pytest.mark.slow)])
+@pytest.mark.slow  # lowered for ONNX Runtime, in plain operators
+@pytest.mark.parametrize("kv", ["last", "final"])
 def test_attention_in_plain_operators_reads_before_the_next_write(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skipstone.runtime.onnx.forms.takes_counts", lambda: False)
     assert set(written_by_onnx_runtime(kv).values()) == {1}

@@ -172,7 +172,7 @@ def test_group_query_attention(options):
     [
         pytest.param({"width": 12}, marks=pytest.mark.slow),
         {"width": 8, "value_width": 16},
-        {"kind": "chunked", "window": 4},
+        pytest.param({"kind": "chunked", "window": 4}, marks=pytest.mark.slow),
         {"width": 20, "sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3},
     ],
     ids=str,

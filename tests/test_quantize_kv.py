@@ -129,7 +129,7 @@ def written_out(heads: str, name: str) -> WrittenOut:
 def oracle(opt: Any, source: Program) -> WrittenOut:
     """The written-out program of an executable: the same conditioning and calibration, no cache, no padding."""
     (config,) = opt.plan
-    prepare = import_module("skipstone.optimize").prepare_quantization
+    prepare = import_module("skipstone.rewrite").prepare_quantization
     source = source.copy()
     note_layers(source)
     program = Pipeline([Cleanup()]).run(source)

@@ -163,9 +163,10 @@ def opened(directory: Path, target: str | None = None) -> Any:
 
 
 SAVED = [
-    ("onnxruntime", "fair", "eager"), ("eager", "fused", "eager"),
+    ("onnxruntime", "fair", "eager"),
     *(
         pytest.param(*each, marks=pytest.mark.slow) for each in (
+            ("eager", "fused", "eager"),
             ("eager", "fused", "onnxruntime"), ("onnxruntime", "fused", "eager"), ("onnxruntime", "weights", "eager"),
             ("eager", "quantized", "onnxruntime"), ("onnxruntime", "quantized", "onnxruntime"),
         )

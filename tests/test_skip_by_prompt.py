@@ -407,6 +407,7 @@ def test_a_step_that_goes_on_behind_prompts_is_two() -> None:
         assert_close(after[number], opt.decode(batch()[[number], :2], kept)[0])
 
 
+@pytest.mark.slow  # several executables
 def test_assisted_generation_reads_no_guess_as_a_prompt() -> None:
     opt, assistant = lowered(), models.model("llama")
     options: Any = {"max_new_tokens": 24, "eos_token_id": None, "do_sample": False}
