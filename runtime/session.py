@@ -193,3 +193,13 @@ def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any, row
     if not cache.has_room(rows):
         needed = int(cache.lengths.max()) + rows
         raise InvalidInput(f"{needed} rows in a cache with room for {cache.capacity}.", hint="Call cache.grow().")
+
+
+def check_threads(threads: Any) -> None:
+    """Refuse what is no number of threads, nor None for the runtime's own choice.
+
+    Raises:
+        InvalidInput: it is something else.
+    """
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InvalidInput(f"threads is {threads!r}, expected at least 1, or None.")

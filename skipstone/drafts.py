@@ -26,6 +26,7 @@ from skipstone.plan import Plan
 from skipstone.report import count as counted
 from skipstone.rewrite import begin, with_draft, without_draft
 from skipstone.runtime.executable import Executable
+from skipstone.runtime.session import check_threads
 from skipstone.runtime.speculate import Speculation, SpeculativeSession
 from skipstone.search import search
 
@@ -114,6 +115,7 @@ def choose_draft(
     for name, counts, least in (("tokens", tokens, 1), ("lookups", lookups, 0)):
         if not counts or not all(type(count) is int and least <= count <= MOST for count in counts):
             raise InvalidInput(f"{name} is {counts!r}.", hint=f"Give some numbers from {least} to {MOST}.")
+    check_threads(threads)
     if drafts is not None and not drafts:
         raise InvalidInput("there is no draft to try.", hint="Give some SelfSpeculate entries, or None.")
     start = begin(captured, target)

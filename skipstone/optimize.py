@@ -30,7 +30,7 @@ from skipstone.report import Conversion, Footprint, Report, Stage
 from skipstone.reuse import move_parameters
 from skipstone.rewrite import check_model, check_plan, rewrite
 from skipstone.runtime.executable import Executable
-from skipstone.runtime.session import ProgramSession, Session
+from skipstone.runtime.session import ProgramSession, Session, check_threads
 
 DEVICES = {"onnxruntime": "cpu", "triton": "cuda"}
 """The device that each target is for; the first of a device is what ``"auto"`` takes there."""
@@ -91,6 +91,7 @@ def optimize(
     refuse_unusable(model)
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         raise InvalidInput(f"max_length is {max_length!r}, expected a number of tokens, at least 1.")
+    check_threads(threads)
     target = resolve(target, next((p.device.type for p in model.parameters()), "cpu"))
     check_mode(mode, target)
     check_plan(plan, target, calibration is not None)

@@ -38,7 +38,7 @@ def interpret(q: Tensor, *operands: Any, processors: int = 4, **options: Any) ->
 
 check = partial(kernel_cases.check, interpret)
 
-DEFAULT = ("full", "int8_channel", "int4_group", "fp8_token")
+DEFAULT = ("full", "int8_channel", "int4_group")
 SOME_FORMATS = [form if form in DEFAULT else pytest.param(form, marks=pytest.mark.slow) for form in FORMATS]
 """All formats, those that take long behind the marker."""
 

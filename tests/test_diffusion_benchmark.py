@@ -29,7 +29,8 @@ def tiny(name: str) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("name", ["llada", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow  # each is captured and lowered
+@pytest.mark.parametrize("name", ["llada", "llama"])
 def test_it_measures_what_is_left(name: str) -> None:
     rows = {row.metric: row for row in islice(diffusion.measure(name, tiny(name), quick=True), 6)}
     methods = ("similarity", "search")

@@ -126,7 +126,7 @@ def assert_same(after: Program, before: Program) -> None:
             assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in [*LAYERS][1:])])
 def test_every_linear_layer_of_a_gate_obeys_it(name: str) -> None:
     before = gated(name)
     after = run_pass(PredicateFFN(), before)

@@ -280,8 +280,8 @@ def test_generate(name: str) -> None:
 @pytest.mark.parametrize(
     ("heads", "name"),
     [
-        ("mha", "int8"),
         ("gqa", "int4"),
+        pytest.param("mha", "int8", marks=pytest.mark.slow),
         pytest.param("mha", "int4", marks=pytest.mark.slow),
         pytest.param("gqa", "int8", marks=pytest.mark.slow),
     ],

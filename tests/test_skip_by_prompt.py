@@ -38,7 +38,7 @@ PROMPT, LENGTH, BATCH = 6, 12, 4
 FLOAT64 = 1e-9
 """Largest difference of float64 logits, over their range."""
 SETS = (SkipSublayers(attention=(1,)), SkipSublayers(), SkipSublayers(ffn=(0, 2)), SkipSublayers(layers=(0,)))
-NAMES = ["llama", "gpt2", "gpt_neox", "gemma2", pytest.param("mixtral", marks=pytest.mark.slow)]
+NAMES = ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gpt_neox", "mixtral"))]
 PARTS = {
     "llama": ("layers", "self_attn", "mlp"),
     "mixtral": ("layers", "self_attn", "mlp"),

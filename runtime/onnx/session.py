@@ -9,12 +9,11 @@ import torch
 from onnxruntime import OrtValue
 from torch import Tensor
 
-from skipstone.ir.errors import InvalidInput
 from skipstone.ir.program import Program
 from skipstone.runtime.cache import KVCache
 from skipstone.runtime.onnx.lower import LoweredModel, lower
 from skipstone.runtime.onnx.memory import large_blocks_apart
-from skipstone.runtime.session import ProgramSession, cache_layout
+from skipstone.runtime.session import ProgramSession, cache_layout, check_threads
 
 
 class OnnxSession(ProgramSession):
@@ -119,8 +118,7 @@ def share(tensor: Tensor) -> OrtValue:
 
 
 def _open(lowered: LoweredModel, threads: int | None) -> onnxruntime.InferenceSession:
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise InvalidInput(f"threads is {threads!r}, expected at least 1, or None.")
+    check_threads(threads)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
