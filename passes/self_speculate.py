@@ -32,10 +32,11 @@ class SelfSpeculate(Pass):
 
     The draft guesses some tokens one by one. The model then reads all of them in one step, keeps those that it would
     have chosen itself, and puts its own token behind them, so that each step gives one token at least. What is
-    generated is what the model generates: greedily the same tokens, in sampling the same distribution (rejection
-    sampling; Leviathan et al., arXiv 2211.17192). It is faster where the draft is much cheaper than the model, guesses
-    well, and the model reads several tokens in little more time than one. Draft & Verify (arXiv 2309.08168) and SWIFT
-    (2410.06916) draft by skipping layers, LayerSkip (2404.16710) by leaving early.
+    generated is what the model generates: greedily the same tokens, but for how a step of several tokens rounds, in
+    sampling the same distribution (rejection sampling; Leviathan et al., arXiv 2211.17192). It is faster where the
+    draft is much cheaper than the model, guesses well, and the model reads several tokens in little more time than one.
+    Draft & Verify (arXiv 2309.08168) and SWIFT (2410.06916) draft by skipping layers, LayerSkip (2404.16710) by leaving
+    early.
 
     The draft has no cache of its own. It reads the keys and values of the model, and what it writes behind them is
     overwritten when the model reads the same tokens. Where it computes several attentions as one (`parallel`), it keeps

@@ -99,7 +99,6 @@ class DraftCache:
     """
 
     def __init__(self, session: SpeculativeSession, cache: KVCache) -> None:
-        self._session = session
         self._held = dict(cache.buffers)
         self._copied: dict[str, tuple[str, ...]] = {}
         self._rows = 0  # so many rows of each sequence are copied

@@ -24,7 +24,7 @@ from skipstone.passes.self_speculate import MOST, SelfSpeculate
 from skipstone.passes.skip_sublayers import SkipSublayers
 from skipstone.plan import Plan
 from skipstone.report import count as counted
-from skipstone.rewrite import begin, with_draft, without_draft
+from skipstone.rewrite import begin, check_plan, with_draft, without_draft
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.session import check_threads
 from skipstone.runtime.speculate import Speculation, SpeculativeSession
@@ -116,8 +116,8 @@ def choose_draft(
         if not counts or not all(type(count) is int and least <= count <= MOST for count in counts):
             raise InvalidInput(f"{name} is {counts!r}.", hint=f"Give some numbers from {least} to {MOST}.")
     check_threads(threads)
-    if drafts is not None and not drafts:
-        raise InvalidInput("there is no draft to try.", hint="Give some SelfSpeculate entries, or None.")
+    if drafts is not None and not (drafts and all(isinstance(entry, SelfSpeculate) for entry in drafts)):
+        raise InvalidInput(f"drafts is {drafts!r}.", hint="Give some SelfSpeculate entries, or None.")
     start = begin(captured, target)
     program, refusal = without_draft(start, plan, target=target, batches=batches, progress=progress)
     if not program.slots():
@@ -131,6 +131,7 @@ def choose_draft(
     with closing(tqdm(drafts, desc="drafts", disable=not progress, leave=False)) as bar:
         for entry in bar:
             try:
+                check_plan(Plan([*plan, entry], tensors=plan.tensors), target, calibrated=True)
                 drafted = with_draft(program, start, plan, entry, target=target).draft
                 assert drafted is not None
                 draft: Any = lower(drafted.program, target, threads)

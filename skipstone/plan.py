@@ -88,7 +88,7 @@ class Plan:
     @classmethod
     def of(cls, entries: Iterable[Pass], **settings: Any) -> Plan:
         """A plan of entries in any order; the settings are its other attributes."""
-        return cls(sorted(entries, key=lambda entry: ENTRIES.index(type(entry))), **settings)
+        return cls(sorted(map(_checked, entries), key=lambda entry: ENTRIES.index(type(entry))), **settings)
 
     def to_json(self) -> str:
         """The plan as JSON text."""

@@ -150,16 +150,30 @@ def _run(system: Stepwise, input_ids: Tensor, new_tokens: int) -> tuple[float, f
     if not system.supports_cache:
         system(input_ids=input_ids)
         return time.perf_counter() - started, None
-    logits, cache = system.prefill(input_ids)
-    prefilled = time.perf_counter()
     if getattr(system, "speculation", None) is not None:  # a draft is part of `generate`, not of steps
         drafted: Any = system
-        text = drafted.generate(input_ids, max_new_tokens=1 + new_tokens, do_sample=False)
-        behind = time.perf_counter() - prefilled - (prefilled - started)  # it reads the prompt, too: the first token
-        return prefilled - started, max(behind, 0.0) / max(text.shape[1] - input_ids.shape[1] - 1, 1)
+        arrivals = _Arrivals()
+        drafted.generate(input_ids, max_new_tokens=1 + new_tokens, do_sample=False, streamer=arrivals)
+        _, first, *others = arrivals.times  # of the prompt, which comes before anything is computed, and of each token
+        return first - started, (others[-1] - first) / len(others) if others else None
+    logits, cache = system.prefill(input_ids)
+    prefilled = time.perf_counter()
     for _ in range(new_tokens):
         logits = system.decode(_greedy(logits), cache)
     return prefilled - started, (time.perf_counter() - prefilled) / new_tokens
+
+
+class _Arrivals:
+    """A streamer that notes when something comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _tokens: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by `generate`: nothing comes any more."""
 
 
 def _greedy(logits: Tensor) -> Tensor:

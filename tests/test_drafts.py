@@ -160,8 +160,11 @@ def test_settings_that_cannot_be(model: Any) -> None:
             find(model, tokens=tokens)
     with pytest.raises(InvalidInput, match=r"lookups is \[-1\].*from 0 to 31"):
         find(model, lookups=[-1])
-    with pytest.raises(InvalidInput, match="no draft to try"):
-        find(model, drafts=[])
+    for drafts in ([], [SkipSublayers(layers=(2,))]):
+        with pytest.raises(InvalidInput, match="Give some SelfSpeculate entries"):
+            find(model, drafts=drafts)
+    with pytest.raises(InvalidPlan, match="cannot hold 3"):
+        Plan.of([GOOD, 3])  # type: ignore[list-item]
     for entry in (GOOD, SkipByPrompt((SkipSublayers(ffn=(1,)),))):
         with pytest.raises(InvalidPlan, match="Leave that entry out"):
             find(model, plan=Plan([entry]))

@@ -160,25 +160,26 @@ def test_without_a_cache_only_the_prefill_is_measured():
     assert report.timing_after is not None and report.timing_after.decode_ms is None
 
 
-def test_with_a_draft_generate_is_measured(monkeypatch: pytest.MonkeyPatch):
-    """Steps are those of the model alone. The time of the prompt, which `generate` reads once more, is left out."""
+@pytest.mark.parametrize(("tokens", "decode"), [(5, 500), (1, None)])
+def test_with_a_draft_generate_is_measured(tokens: int, decode: float | None, monkeypatch: pytest.MonkeyPatch):
+    """Steps are those of the model alone. What it takes to read the prompt is the time to the first token."""
     clock, ids = [0.0], torch.ones(1, 3, dtype=torch.int64)
 
     class Drafting(Recorder):
         speculation = Speculation()
 
-        def prefill(self, input_ids):
-            clock[0] += 10
-            return super().prefill(input_ids)
-
-        def generate(self, input_ids, max_new_tokens, do_sample):
+        def generate(self, input_ids, max_new_tokens, do_sample, streamer):
             assert max_new_tokens == 9 and not do_sample
-            clock[0] += 10 + 4 * 0.5
-            return torch.ones(1, 3 + 1 + 4, dtype=torch.int64)  # it ended early
+            streamer.put(input_ids)
+            clock[0] += 10
+            for number in range(tokens):  # it may end early; a step gives several at once
+                clock[0] += 1.0 if number in (1, 4) else 0.0
+                streamer.put(input_ids[:, :1])
+            streamer.end()
 
     monkeypatch.setattr("skipstone.report.time.perf_counter", lambda: clock[0])
     timing = measure({"a": Drafting([], "a")}, ids, new_tokens=8, samples=1)["a"]
-    assert (timing.prefill_ms, timing.decode_ms) == (10_000, 500)
+    assert (timing.prefill_ms, timing.decode_ms) == (10_000, decode)
 
 
 def test_the_model_is_measured_beside_the_executable(tiny_llama):
