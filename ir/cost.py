@@ -21,6 +21,7 @@ from skipstone.ir.dialect import (
     ATTENTION_OPS,
     CACHED_OPS,
     QUANTIZED_CACHED_ATTENTION,
+    WINDOWED_ATTENTION,
     WRITE_CACHE,
     cache_operands,
 )
@@ -251,8 +252,10 @@ def _keys_read(node: fx.Node, sizes: Sizes) -> sympy.Expr:
 
 def _window(node: fx.Node) -> int:
     """Keys that one query sees at most in a cache, 0 for all. Without a cache everything is computed and masked."""
-    window: Any = node.kwargs.get("window", 0)
-    return window if node.target in CACHED_OPS else 0
+    window, first = (node.kwargs.get(name, 0) for name in ("window", "first"))
+    if node.target == WINDOWED_ATTENTION:
+        return window + first  # type: ignore[operator, return-value]
+    return window if node.target in CACHED_OPS else 0  # type: ignore[return-value]
 
 
 def _experts_flops(node: fx.Node, sizes: Sizes) -> sympy.Expr:
@@ -298,6 +301,7 @@ FLOPS: dict[str, Callable[[fx.Node, Sizes], sympy.Expr]] = {
     "aten::scaled_dot_product_attention": _attention_flops,
     "skipstone::attention": _attention_flops,
     "skipstone::cached_attention": _attention_flops,
+    "skipstone::windowed_attention": _attention_flops,
     "skipstone::experts": _experts_flops,
     "skipstone::predicated_linear": _product_flops,
     "skipstone::matmul_nbits": _product_flops,
@@ -399,9 +403,16 @@ def token_bytes(node: fx.Node) -> tuple[float, float]:
 def kv_bytes_per_token(program: Program) -> int:
     """Bytes of keys and values that each token of a sequence adds, over the cache slots; rounded up."""
     writers = {node.kwargs.get("slot", -1): node for node in program.nodes(*ATTENTION_OPS)}
-    attentions = [node for slot, node in writers.items() if slot != -1]
+    attentions = [node for slot, node in writers.items() if slot != -1 and node.target != WINDOWED_ATTENTION]
     heads = ((node, int(node.args[1].meta["val"].shape[1])) for node in attentions)  # type: ignore[union-attr]
     return math.ceil(sum(number * sum(token_bytes(node)) for node, number in heads))
+
+
+def kv_bytes_fixed(program: Program) -> int:
+    """Bytes of keys and values that a sequence takes however long it is: those of windows."""
+    nodes = (node for node in program.nodes(WINDOWED_ATTENTION))
+    buffers = [buffer.meta["val"] for node in nodes for half in cache_operands(node) for buffer in half]
+    return sum(int(math.prod(each.shape[1:])) * each.element_size() for each in buffers)
 
 
 def _critical_path(program: Program, chosen: set[fx.Node]) -> int:

@@ -43,6 +43,8 @@ from skipstone.ir.prompts import prompt_mean as prompt_mean
 from skipstone.ir.prompts import prompt_turn as prompt_turn
 from skipstone.ir.quantized import QUANTIZED_CACHED_ATTENTION as QUANTIZED_CACHED_ATTENTION
 from skipstone.ir.quantized import quantized_cached_attention as quantized_cached_attention
+from skipstone.ir.windowed import WINDOWED_ATTENTION as WINDOWED_ATTENTION
+from skipstone.ir.windowed import windowed_attention as windowed_attention
 
 
 def attention_reference(
@@ -207,15 +209,16 @@ def _(q, k, v, k_cache, v_cache, *_operands, **_options):  # type: ignore[no-unt
 
 ATTENTION = torch.ops.skipstone.attention.default
 CACHED_ATTENTION = torch.ops.skipstone.cached_attention.default
-CACHED_OPS = (CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION)
+CACHED_OPS = (CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION, WINDOWED_ATTENTION)
 ATTENTION_OPS = (ATTENTION, *CACHED_OPS)
 WRITING_OPS = (*CACHED_OPS, WRITE_CACHE)
 
 
 def key_bias_of(node: fx.Node) -> Any:
     """The `key_bias` operand of one of `ATTENTION_OPS`, None where it has none."""
-    place = {ATTENTION: 6, CACHED_ATTENTION: 8, QUANTIZED_CACHED_ATTENTION: 10}[node.target]  # type: ignore[index]
-    return node.args[place] if len(node.args) > place else None
+    places: dict[Any, int] = {ATTENTION: 6, CACHED_ATTENTION: 8, QUANTIZED_CACHED_ATTENTION: 10}
+    place = places.get(node.target)
+    return node.args[place] if place is not None and len(node.args) > place else None
 
 
 def cache_operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -22,6 +22,7 @@ from skipstone.ir.attention import (
     weighted_values,
 )
 from skipstone.ir.formats import Format, Full, parse
+from skipstone.ir.windowed import STEP, window_rows
 
 TILE = 1024
 """Cache rows that the reference dequantizes at a time, or fewer, so that tokens that share a scale stay together."""
@@ -61,20 +62,27 @@ class CacheFormat:
         format: the number format of the body.
         residual: the newest tokens, counted from each query, that are read in full precision.
         first: tokens at the beginning of the sequence that are read in full precision (attention sinks).
+        window: the newest tokens that are kept at all, beside the first ones; 0 for all tokens. See
+            `skipstone.ir.windowed`.
     """
 
     format: Format
     residual: int = 0
     first: int = 0
+    window: int = 0
 
     @property
     def ring_rows(self) -> int:
-        """Rows of the ring of recent tokens, 0 where nothing recent is read in full precision."""
+        """Rows of the ring of recent tokens, 0 where there is none."""
+        if self.window:
+            return self.window + STEP - 1
         recent = self.residual + (self.format.group_tokens if self.format.group_tokens > 1 else 0)
         return recent + SPARE if recent else 0
 
     def parts(self, width: int, dtype: torch.dtype) -> tuple[CachePart, ...]:
         """The buffers of vectors of `width` elements whose own dtype is `dtype`."""
+        if self.window:
+            return (CachePart("codes", dtype, width, fixed_rows=window_rows(self.window, self.first)),)
         parts = [CachePart(p.name, p.dtype, p.width, p.tokens) for p in self.format.parts(width, dtype)]
         if self.ring_rows:
             parts.append(CachePart("recent", dtype, width, fixed_rows=self.ring_rows))
@@ -86,6 +94,11 @@ class CacheFormat:
         """How many rows a query reads from the codes, where its own row is the last of `lengths` (integers)."""
         group = self.format.group_tokens
         return ((lengths - self.residual).clamp(min=0) // group) * group
+
+    def ring_read_from(self, lengths: Tensor) -> Tensor:
+        """The first row that has to be in the ring of recent tokens for a query behind `lengths` rows (integers)."""
+        begin = lengths - self.window + 1 if self.window else self.quantized_until(lengths)
+        return begin.clamp(min=self.first)
 
 
 def cache_format(name: str, residual: int = 0, first: int = 0) -> CacheFormat:

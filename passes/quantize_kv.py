@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from skipstone.ir.cost import token_bytes
-from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION
+from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION, WINDOWED_ATTENTION
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
 from skipstone.ir.formats import Format, Full, choose
 from skipstone.ir.key_bias import large_key_biases
@@ -304,6 +304,8 @@ def static_tensor(program: Program, node: fx.Node, site: str, which: str, form: 
 
 def _refusal(node: fx.Node) -> str:
     """Why an attention keeps its cache in full precision, "" if it need not."""
+    if node.target == WINDOWED_ATTENTION:
+        return "of its keys and values a window is kept, which compress_kv leaves in full precision"
     key, value = (operand.meta["val"] for operand in node.args[1:3])  # type: ignore[union-attr]
     if key.shape[3] != value.shape[3]:
         return (

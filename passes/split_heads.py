@@ -26,7 +26,8 @@ class SplitHeads(Pass):
     """Turn attentions into one attention for each group of key-value heads. Heads do not mix, so it is exact.
 
     Attributes:
-        groups: for each attention to split, its number (`slot`) in call order and the groups of its key-value heads.
+        groups: for each attention to split, its number (`slot`) in call order and the groups of its key-value heads,
+            counted from 0 in this attention.
     """
 
     name: ClassVar[str] = "split_heads"
@@ -54,11 +55,17 @@ class SplitHeads(Pass):
                 raise InternalError(f"{node.name} lost heads")
 
 
+def heads_of(node: fx.Node) -> tuple[int, ...]:
+    """The key-value heads of an attention, as the model numbers them."""
+    own: tuple[int, ...] = node.meta.get(HEADS) or tuple(range(int(node.args[1].meta["val"].shape[1])))  # type: ignore[union-attr]
+    return own
+
+
 def _split(program: Program, node: fx.Node, groups: Sequence[Sequence[int]]) -> fx.Node:
     q, k, v, mask, bias, sinks, key_bias, frequencies = (*node.args, *[None] * 5)[:8]
     heads, kv_heads = (int(x.meta["val"].shape[1]) for x in (q, k))  # type: ignore[union-attr]
     per_group = heads // kv_heads
-    results, order = [], []
+    results, order, own = [], [], heads_of(node)
     for group in groups:
         queries = [head * per_group + member for head in group for member in range(per_group)]
         operands = (
@@ -71,7 +78,7 @@ def _split(program: Program, node: fx.Node, groups: Sequence[Sequence[int]]) -> 
             frequencies,
         )
         results.append(program.call(ATTENTION, *operands, **node.kwargs))
-        results[-1].meta[HEADS] = tuple(group)
+        results[-1].meta[HEADS] = tuple(own[head] for head in group)
         order += queries
     whole = program.call(aten.cat.default, results, 1)
     return whole if order == sorted(order) else _take(program, whole, 1, [order.index(head) for head in range(heads)])

@@ -92,7 +92,7 @@ class Cache(ABC):
 
         Raises:
             InvalidInput: a length is negative or beyond what the cache holds, their number is not the batch, or rows
-                that have to be in full precision after the crop are in the codes alone by now.
+                that are read after the crop are not kept, or not in full precision, any more.
         """
 
     @abstractmethod
@@ -244,12 +244,12 @@ class KVCache(Cache):
         wanted = self._lengths_to_crop_to(lengths)
         unused = torch.ones_like(wanted, dtype=torch.bool)  # sequences that need nothing of what their rings hold
         for form in {each.form for each in self.layout if each.form.ring_rows}:
-            needed_from = form.quantized_until(wanted).clamp(min=form.first)
+            needed_from = form.ring_read_from(wanted)
             unused &= needed_from >= wanted
             if bool(((needed_from < wanted) & (needed_from < self._reached - form.ring_rows)).any()):
                 raise InvalidInput(
                     f"crop to {wanted.tolist()} rows of a cache that reached {self._reached.tolist()}, and that keeps "
-                    f"the last {form.ring_rows} in full precision.",
+                    f"the last {form.ring_rows} {'alone' if form.window else 'in full precision'}.",
                     hint="Crop by fewer tokens, or read the shorter prompt again.",
                 )
         self.lengths = wanted

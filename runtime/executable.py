@@ -25,6 +25,7 @@ from skipstone.ir.errors import InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role, module_path
 from skipstone.ir.sequence import offenders
 from skipstone.runtime.cache import Cache
+from skipstone.runtime.reading import read
 from skipstone.runtime.session import Session
 
 SMALLEST_CAPACITY = 64
@@ -474,10 +475,7 @@ class TokenModel(Executable):
             cache = self.new_cache(batch, width, spare=0)
             cache.decode_start = layout.counts
         self.reserve(cache, int(start.max()) + width)
-        # A copy: the session's next step may overwrite its buffer.
-        logits = self.session.step(tokens, positions, layout.counts, rows, cache).clone()
-        cache.advance(layout.counts)
-        return logits
+        return read(self.session, tokens, positions, layout.counts, rows, cache)
 
     @cached_property
     def _counts_positions(self) -> bool:

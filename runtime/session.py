@@ -9,10 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, fx
 
-from skipstone.ir.dialect import CACHED_OPS, cache_operands
+from skipstone.ir.dialect import CACHED_OPS, WINDOWED_ATTENTION, cache_operands
 from skipstone.ir.errors import InvalidInput
+from skipstone.ir.formats import Full
 from skipstone.ir.program import Port, Program, Role
 from skipstone.ir.quantized import CacheFormat, CachePart, cache_format
+from skipstone.ir.windowed import STEP
 from skipstone.runtime.cache import Cache, CacheBuffer, KVCache
 
 
@@ -142,19 +144,31 @@ def cache_layout(program: Program) -> tuple[CacheBuffer, ...]:
     """The buffers of a program's cache, in the order of its inputs."""
     forms: dict[fx.Node, CacheFormat] = {}
     for node in program.nodes(*CACHED_OPS):
-        kept: Any = (node.kwargs.get("residual", 0), node.kwargs.get("first", 0))
         for buffers, option in zip(cache_operands(node), ("k_format", "v_format"), strict=True):
-            forms |= dict.fromkeys(buffers, cache_format(str(node.kwargs.get(option, "full")), *kept))
+            forms |= dict.fromkeys(buffers, _form(node, option))
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     pairs = zip(program.inputs, placeholders, strict=True)
     return tuple(_buffer(port, node.meta["val"], forms[node]) for port, node in pairs if port.slot is not None)
+
+
+def _form(node: fx.Node, option: str) -> CacheFormat:
+    """How an attention keeps its keys or its values; `option` names their format."""
+    settings: Any = node.kwargs
+    if node.target == WINDOWED_ATTENTION:
+        return CacheFormat(Full(), first=settings.get("first", 0), window=settings["window"])
+    return cache_format(settings.get(option, "full"), settings.get("residual", 0), settings.get("first", 0))
+
+
+def longest_step(layout: Sequence[CacheBuffer]) -> int | None:
+    """The most tokens of one step, where the cache sets a limit: it has room for so many beside what they read."""
+    return STEP if any(each.form.window for each in layout) else None
 
 
 def _buffer(port: Port, fake: Tensor, form: CacheFormat) -> CacheBuffer:
     """The buffer that an input [B, KH, rows, width] of a program takes."""
     heads, rows, width = (fake.shape[axis] for axis in (1, 2, 3))
     tokens = form.format.group_tokens if port.part in ("scale", "offset") else 1
-    fixed = int(rows) if port.part in ("recent", "first") else None
+    fixed = int(rows) if form.window or port.part in ("recent", "first") else None
     return CacheBuffer(port.name, int(heads), CachePart(port.part, fake.dtype, int(width), tokens, fixed), form)
 
 
@@ -190,6 +204,10 @@ def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any, row
         raise InvalidInput("the cache was made for another program.", hint="Use the cache that prefill() returned.")
     if cache.batch != tokens.shape[0]:
         raise InvalidInput(f"tokens of {tokens.shape[0]} sequences for a cache of {cache.batch}.")
+    limit = longest_step(layout)
+    if limit is not None and tokens.shape[1] > limit:
+        hint = "Call the executable, which reads them in several steps."
+        raise InvalidInput(f"a step of {tokens.shape[1]} tokens, the cache takes {limit} at a time.", hint=hint)
     if not cache.has_room(rows):
         needed = int(cache.lengths.max()) + rows
         raise InvalidInput(f"{needed} rows in a cache with room for {cache.capacity}.", hint="Call cache.grow().")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from skipstone.find import find_skip_by_prompt as find_skip_by_prompt
     from skipstone.masking import mask_tokens as mask_tokens
     from skipstone.optimize import optimize as optimize
+    from skipstone.passes.compress_kv import CompressKV as CompressKV
+    from skipstone.passes.compress_kv import StreamingHeads as StreamingHeads
     from skipstone.passes.fuse_parallel import FuseParallel as FuseParallel
     from skipstone.passes.layer_parallel import LayerParallel as LayerParallel
     from skipstone.passes.layer_parallel import Segment as Segment
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "skipstone.budget",
     "Certificate": "skipstone.budget",
+    "CompressKV": "skipstone.passes.compress_kv",
     "Executable": "skipstone.runtime.executable",
     "FormatChoice": "skipstone.passes.quantize_kv",
     "FuseParallel": "skipstone.passes.fuse_parallel",
@@ -62,6 +65,7 @@ _HOME = {
     "SkipByPrompt": "skipstone.passes.skip_by_prompt",
     "SkipFFNAdaptive": "skipstone.passes.skip_ffn_adaptive",
     "SkipSublayers": "skipstone.passes.skip_sublayers",
+    "StreamingHeads": "skipstone.passes.compress_kv",
     "backend": "skipstone.backend",
     "compare_segments": "skipstone.segments",
     "export_onnx": "skipstone.export",

@@ -27,6 +27,7 @@ from torch import Tensor
 from skipstone.budget import Certificate
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.base import Pass
+from skipstone.passes.compress_kv import CompressKV
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.quantize_kv import QuantizeKV
@@ -48,6 +49,7 @@ ENTRIES: tuple[type[Pass], ...] = (
     QuantizeWeights,
     SkipByPrompt,
     SkipFFNAdaptive,
+    CompressKV,
     QuantizeKV,
     SelfSpeculate,
 )

@@ -57,6 +57,7 @@ class Footprint:
         weight_bytes: bytes of weights.
         kv_bytes_per_token: bytes of keys and values that each token adds.
         nodes: operators of the graph.
+        kv_bytes_fixed: bytes of keys and values that each sequence takes however long it is.
     """
 
     sublayers: int
@@ -66,6 +67,7 @@ class Footprint:
     weight_bytes: float
     kv_bytes_per_token: float
     nodes: int
+    kv_bytes_fixed: float = 0
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,9 @@ class Report:
             table.add_row(
                 "keys and values a token", *_pair(before.kv_bytes_per_token, after.kv_bytes_per_token, format_bytes)
             )
+            if before.kv_bytes_fixed or after.kv_bytes_fixed:
+                fixed = _pair(before.kv_bytes_fixed, after.kv_bytes_fixed, format_bytes)
+                table.add_row("keys and values of windows", *fixed)
         first, second = self.timing_before, self.timing_after
         prompt, decode = "prefill", "decode, a token"
         if measured := second or first:

@@ -16,6 +16,7 @@ from skipstone.ir.stream import note_layers
 from skipstone.passes.base import Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32
 from skipstone.passes.cleanup import Cleanup
+from skipstone.passes.compress_kv import CompressKV
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.kv_cache import InsertKVCache
@@ -28,7 +29,7 @@ from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.plan import Plan
 
-BEHIND_CACHE = (QuantizeWeights, SkipByPrompt, SkipFFNAdaptive, QuantizeKV)
+BEHIND_CACHE = (QuantizeWeights, SkipByPrompt, SkipFFNAdaptive, CompressKV, QuantizeKV)
 """Entries of a plan that work on programs with a cache; weights are quantized without one, too."""
 SIDE_BY_SIDE = (LayerParallel, FuseParallel)
 """Those that make attentions of their own, each of which then gets its slot."""
@@ -107,6 +108,9 @@ def without_draft(
     if quantize is not None:
         program = prepare_quantization(program, quantize, batches, strict, progress)
     for entry in plan:
+        if isinstance(entry, CompressKV) and (split := entry.split(program)):
+            program = run_pass(split, program, strict)
+    for entry in plan:
         if isinstance(entry, SIDE_BY_SIDE):
             program = run_pass(entry, program, strict)
     if quantize is not None and batches:
@@ -166,8 +170,11 @@ def check_plan(plan: Plan, target: str, calibrated: bool) -> None:
     if not isinstance(plan, Plan):
         raise UserError(f"plan is {type(plan).__name__}, expected skipstone.Plan.", hint="Use Plan.load(path).")
     for entry in plan:
-        if isinstance(entry, (LayerParallel, SkipByPrompt, SkipFFNAdaptive, SelfSpeculate)):
+        if isinstance(entry, (CompressKV, LayerParallel, SkipByPrompt, SkipFFNAdaptive, SelfSpeculate)):
             entry.validate()
+        if isinstance(entry, CompressKV) and any(isinstance(each, SkipByPrompt) for each in plan):
+            feature = f"{entry.name} together with skip_by_prompt, which reads prompts in one step"
+            raise Unsupported(feature, hint="Leave one of them out.")
         if isinstance(entry, SelfSpeculate):
             if any(isinstance(each, SkipByPrompt) for each in plan):
                 hint = "Leave one of them out."
@@ -175,6 +182,8 @@ def check_plan(plan: Plan, target: str, calibrated: bool) -> None:
                     f"{entry.name} together with skip_by_prompt, which goes on by several programs", hint=hint
                 )
             check_plan(Plan.of(entry.entries(plan), tensors=plan.tensors), target, calibrated)
+        if isinstance(entry, CompressKV) and target == "triton":
+            raise Unsupported(f"{entry.name} on the triton target", hint="Leave it out there.")
         if isinstance(entry, QuantizeWeights) and target == "triton":
             hint = "Use target='onnxruntime' on the CPU, or skipstone.export_onnx(model, directory, plan)."
             raise Unsupported(f"{entry.name} on the triton target", hint=hint)

@@ -20,16 +20,20 @@ from skipstone.ir.dialect import (
     PROMPT_TURN,
     QUANTIZED_CACHED_ATTENTION,
     SKIP_PREDICATE,
+    WINDOWED_ATTENTION,
     WRITE_CACHE,
     Kind,
     attention_reference,
     cached_attention_reference,
     key_bias_products,
+    query_key_products,
+    weighted_values,
 )
 from skipstone.ir.formats import parse
 from skipstone.ir.keeping import write_cache_reference
 from skipstone.ir.program import Program, Role
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
+from skipstone.ir.windowed import row_places, visible_rows, windowed_attention_reference, write_places
 from skipstone.runtime.onnx import experts, gates
 from skipstone.runtime.onnx.operators import rotary
 from skipstone.runtime.onnx.quantized import MICROSOFT, quantization
@@ -56,6 +60,7 @@ class OnnxForms(fx.Interpreter):
         self.lengths: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
         self.halves: dict[Tensor, Tensor] = {}
         self.bounds: dict[tuple[Any, ...], Tensor] = {}
+        self.windows: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is torch.ops.aten.matmul.default and (weight := _transposed_weight(n)) is not None:
@@ -79,6 +84,8 @@ class OnnxForms(fx.Interpreter):
                 return self._write_cache(*args)
             case _ if target == QUANTIZED_CACHED_ATTENTION:
                 return self._quantized_attention(*args, **kwargs)
+            case _ if target == WINDOWED_ATTENTION:
+                return self._windowed_attention(*args, **kwargs)
             case _ if target is rotary:
                 return self._rotary_embedding(*args)
             case _ if target == EXPERTS:
@@ -229,6 +236,44 @@ class OnnxForms(fx.Interpreter):
         options |= {"scales": (k_static, v_static), **quantization(parse(k_format).bits)}
         out = self._group_query_attention(*operands, **options)  # type: ignore
         return list(out)
+
+    def _windowed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        start: Tensor,
+        count: Tensor,
+        sinks: Tensor | None = None,
+        *,
+        scale: float,
+        window: int,
+        first: int = 0,
+        softcap: float = 0.0,
+        slot: int = -1,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`windowed_attention`: rows are written in place, and read from there; there are few of them.
+
+        What is seen is a sum with 0 or with the lowest finite number, so that rows of padding stay finite.
+        """
+        if sinks is not None:
+            options: dict[str, Any] = {"scale": scale, "window": window, "first": first, "softcap": softcap}
+            return windowed_attention_reference(q, k, v, k_cache, v_cache, start, count, sinks, **options)
+        rows, cache_rows = k.shape[2], k_cache.shape[2]
+        key = (start, count, window, first)
+        if key not in self.windows:
+            seen = visible_rows(cache_rows, first, window, start, count, rows)
+            hidden = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+            self.windows[key] = row_places(cache_rows, first, start, count, rows), hidden
+        places, hidden = self.windows[key]
+        keys, values = write_places(k_cache, k, places), write_places(v_cache, v, places)
+        logits = query_key_products(q * scale, keys)
+        if softcap > 0:
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = torch.softmax(logits + hidden, dim=-1)
+        return weighted_values(weights, values), keys, values
 
 
 def _transposed_weight(product: fx.Node) -> fx.Node | None:
