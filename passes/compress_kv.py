@@ -144,11 +144,11 @@ class CompressKV(Pass):
         if (writer := shared_slot(program)) is not None:
             feature = f"{self.name} for a cache slot that several iterations write"
             raise Unsupported(feature, where=module_path(writer), hint="Take kv='iterate' in layer_parallel.")
-        self._check_heads(program)
         for node, site in sites(program).items():
             if (self.layers or self.streaming) and len(node.meta.get(ATTENTIONS, ())) > 1:
                 feature = f"{self.name} of some heads or layers where attentions of several layers are one"
                 raise Unsupported(feature, where=site, hint="Compress all of them, or leave fuse_parallel out.")
+        self._check_heads(program)
 
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""

@@ -35,6 +35,7 @@ from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream, note_layers
 from skipstone.passes.base import Remark, Status, run_pass
 from skipstone.passes.cleanup import Cleanup
+from skipstone.passes.compress_kv import CompressKV
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.predicate_ffn import PredicateFFN
@@ -57,6 +58,7 @@ _STACKS: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary(
 _UNSEEN = {
     SkipByPrompt: "which tokens are a prompt, and which program read it",
     QuantizeKV: "the cache between two calls, whose format would change",
+    CompressKV: "the cache between two calls, whose size would change",
     SelfSpeculate: "what is generated from call to call",
 }
 """Rewrites that need what a single call does not show."""

@@ -186,6 +186,14 @@ class Comparison:
         margin = estimate.margin(confidence, sequences)
         return Certificate(metric, limit, value, value + margin, confidence, sequences, tokens, data, target)
 
+    def keeps(self, budget: Budget) -> bool:
+        """Whether the bounds of all metrics are within a budget; NaN never is."""
+        return all(
+            not math.isnan(METRICS[metric](self).value)
+            and self.certificate(metric, limit, budget.confidence, "", "").holds
+            for metric, limit in budget.limits.items()
+        )
+
 
 class Estimate(NamedTuple):
     """A figure over sequences.

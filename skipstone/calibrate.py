@@ -237,7 +237,7 @@ def measure(program: Program, batches: Sequence[Batch], pass_name: str, progress
                     raise InvalidInput(f"{which}s at {site}: {error.problem}", hint=error.hint) from error
                 found[name] = found[name].merge(new) if name in found else new
 
-        _run(program, batch, observe)
+        observe_attentions(program, batch, observe)
     return {f"{name}/{key}": value for name, each in found.items() for key, value in each.tensors().items()}
 
 
@@ -266,7 +266,7 @@ def estimate_errors(program: Program, entry: QuantizeKV, batches: Sequence[Batch
         exact, rounded = (each[:, :, : int(first.valid.sum())].float() for each in (exact, rounded))
         errors[f"{entry.name}/{site}/error"] = ((rounded - exact).norm() / exact.norm().clamp(min=1e-30)).cpu()
 
-    _run(program, first, observe)
+    observe_attentions(program, first, observe)
     return errors
 
 
@@ -278,8 +278,14 @@ def _through(form: Format, x: Tensor, static: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _run(program: Program, batch: Batch, observe: Callable[[fx.Node, str, tuple[Any, ...]], None]) -> None:
-    """Run a program without a cache, and show the operands of every attention to `observe`."""
+def observe_attentions(
+    program: Program, batch: Batch, observe: Callable[[fx.Node, str, tuple[Any, ...]], None]
+) -> None:
+    """Run a program without a cache up to its last attention.
+
+    Args:
+        observe: is given every attention, its name (`skipstone.ir.statistics.sites`) and its operands.
+    """
     with suppress(_AllSeen):
         _Observer(program, observe).run(*program_inputs(program, batch))
 

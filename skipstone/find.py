@@ -24,6 +24,7 @@ from skipstone.plan import Plan
 from skipstone.prompts import skip_by_prompt
 from skipstone.rewrite import check_model, check_plan
 from skipstone.segments import choose_segment
+from skipstone.streaming import choose_streaming_heads
 
 
 def find_adaptive_ffn(
@@ -100,12 +101,39 @@ def find_layer_parallel(
         Unsupported: no segment keeps the budget, or those that do are predicted to save too little.
     """
     refuse_unusable(model)
-    if not isinstance(budget, Budget):
-        hint = "Write Budget(nll=0.01)."
-        raise UserError(f"budget is {type(budget).__name__}, expected skipstone.Budget.", hint=hint)
+    _check_budget(budget)
     program = capture(model, example_inputs)
     segment = choose_segment(program, _chosen_on(calibration, program, budget), budget, **settings)
     return Plan([LayerParallel((segment,)), FuseParallel()], model=program.source.fingerprint)
+
+
+def find_compress_kv(
+    model: nn.Module,
+    calibration: CalibrationData,
+    budget: Budget,
+    *,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+) -> Plan:
+    """A plan by which as many heads as can within a budget see the newest tokens and the first ones alone.
+
+    What the others keep grows with the sequence, what these keep does not; see
+    `skipstone.streaming.choose_streaming_heads`. The data that `optimize` holds out for the proof is not looked at:
+    give it the plan, and the same calibration data and budget.
+
+    Args:
+        model, calibration, example_inputs: as of `optimize`; sequences as long as the model will be used with.
+        budget: with a limit on predictions.
+        settings: how many tokens these heads see (``window``, ``sinks``), and ``progress``.
+    Raises:
+        UserError: the model, the data or a setting cannot be used.
+        Unsupported: no head can see a window within the budget.
+    """
+    refuse_unusable(model)
+    _check_budget(budget)
+    program = capture(model, example_inputs)
+    found = choose_streaming_heads(program, _chosen_on(calibration, program, budget), budget, **settings)
+    return Plan([found.entry], model=program.source.fingerprint)
 
 
 def find_self_speculate(
@@ -143,6 +171,12 @@ def find_self_speculate(
     check_model(plan, program)
     best = choose_draft(program, plan, _chosen_on(calibration, program), target, **settings)
     return replace(plan, entries=(*plan, best.entry), model=program.source.fingerprint)
+
+
+def _check_budget(budget: Any) -> None:
+    if not isinstance(budget, Budget):
+        hint = "Write Budget(nll=0.01)."
+        raise UserError(f"budget is {type(budget).__name__}, expected skipstone.Budget.", hint=hint)
 
 
 def _chosen_on(calibration: CalibrationData, program: Program, budget: Budget | None = None) -> list[Batch]:

@@ -7,7 +7,6 @@ which everything that runs at the same time is fused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -220,21 +219,13 @@ def choose_segment(
     worthwhile = [each for each in sorted(gains, key=gains.__getitem__, reverse=True) if gains[each] >= WORTHWHILE]
     for segment in worthwhile:
         _, seen = measure_segments(program, batches, [segment], progress)[segment]
-        if _keeps(seen, budget):
+        if seen.keeps(budget):
             return segment
     raise Unsupported(
         f"layers of {program.source.name} in parallel within the budget: of {count(len(gains), 'segment')}, "
         f"{len(worthwhile)} are predicted to be {WORTHWHILE} times as fast as the model or more, "
         f"the fastest {max(gains.values()):.2f} times, and none of those keeps it",
         hint="See compare_segments, train the model with skipstone.training.LayerParallelLoss, or allow more.",
-    )
-
-
-def _keeps(seen: Comparison, budget: Budget) -> bool:
-    """Whether the bounds of all metrics are within a budget; NaN never is."""
-    return all(
-        not math.isnan(METRICS[metric](seen).value) and seen.certificate(metric, limit, budget.confidence, "", "").holds
-        for metric, limit in budget.limits.items()
     )
 
 

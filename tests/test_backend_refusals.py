@@ -17,6 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import skipstone
 from skipstone import (
+    CompressKV,
     LayerParallel,
     Plan,
     QuantizeKV,
@@ -109,6 +110,7 @@ def test_modes_and_options_of_inductor_reach_it(monkeypatch: pytest.MonkeyPatch)
     ("entry", "unseen"),
     [
         (QuantizeKV(), "the cache between two calls, whose format would change"),
+        (CompressKV(), "the cache between two calls, whose size would change"),
         (SkipByPrompt(), "which tokens are a prompt, and which program read it"),
     ],
 )
