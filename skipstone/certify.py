@@ -12,10 +12,13 @@ from torch import Tensor
 
 from skipstone.budget import Budget, Certificate, Comparison, compare, data_hash
 from skipstone.calibrate import IGNORED, Batch, program_inputs
+from skipstone.ir.cost import kv_bytes_fixed, kv_bytes_per_token
 from skipstone.ir.errors import Unsupported, UserError
 from skipstone.ir.program import Program, Role
 from skipstone.ir.stream import find_stream, note_layers
 from skipstone.objective import check_labels
+from skipstone.passes.compress_kv import CompressKV
+from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.plan import Plan
 from skipstone.report import measure
 from skipstone.runtime.denoise import MaskedLM
@@ -89,6 +92,8 @@ def within(
 ) -> Executable:
     """The executable of the first plan that is proved to keep the budget and is faster than the model as it is.
 
+    A plan that makes the cache smaller need not be faster: that is what it is for.
+
     With several plans, each is tried at a confidence that makes all of them together as likely to pass by chance as one
     alone (Bonferroni).
 
@@ -106,10 +111,11 @@ def within(
         certificates = certify(full, executable, budget, batches, len(plans), progress)
         failed = [str(each) for each in certificates if not each.holds]
         if not failed:
-            gain = speedup(full, executable, batches)
-            if gain > 1:
+            gain, saved = speedup(full, executable, batches), _cache_saved(full, executable, plan, batches)
+            if gain > 1 or saved:
                 said += [str(each) for each in certificates]
-                executable.report.budget = (*said, f"a step is {gain:.2f} times as fast as the model's")
+                speed = f"a step is {gain:.2f} times as fast as the model's"
+                executable.report.budget = (*said, speed, saved) if saved else (*said, speed)
                 executable.plan = replace(executable.plan, certificates=certificates)
                 return executable
             failed = [f"within the budget, but a step is {gain:.2f} times as fast as the model's"]
@@ -262,6 +268,19 @@ def speedup(full: Executable, changed: Executable, batches: Sequence[Batch]) -> 
         before += share * (times["full"].decode_ms or times["full"].prefill_ms)
         after += share * (times["changed"].decode_ms or times["changed"].prefill_ms)
     return before / after
+
+
+def _cache_saved(full: Executable, changed: Executable, plan: Plan, batches: Sequence[Batch]) -> str:
+    """How much smaller a plan that is about the cache makes that of the longest sequence; "" if it does not."""
+    if not any(isinstance(entry, CompressKV | QuantizeKV) for entry in plan):
+        return ""
+    longest = max(int(batch.valid.sum(dim=1).max()) for batch in batches)
+    before, after = (
+        longest * kv_bytes_per_token(each.program) + kv_bytes_fixed(each.program) for each in (full, changed)
+    )
+    return (
+        f"keys and values of {longest} tokens take {after / before:.1%} of the model's bytes" if after < before else ""
+    )
 
 
 def _name(plan: Plan) -> str:

@@ -43,8 +43,12 @@ CASES = {
 }
 
 
-@cache
 def model(heads: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    return _model(heads, dtype)
+
+
+@cache
+def _model(heads: str, dtype: torch.dtype) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
@@ -54,8 +58,12 @@ def model(heads: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().to(dtype)
 
 
-@cache
 def captured(heads: str, dtype: torch.dtype = torch.float32) -> Program:
+    return _captured(heads, dtype)
+
+
+@cache
+def _captured(heads: str, dtype: torch.dtype) -> Program:
     return capture_huggingface(model(heads, dtype))
 
 
@@ -63,8 +71,12 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@cache
 def executable(heads: str, case: str, target: Any = "eager", dtype: torch.dtype = torch.float32) -> Any:
+    return _executable(heads, case, target, dtype)
+
+
+@cache
+def _executable(heads: str, case: str, target: Any, dtype: torch.dtype) -> Any:
     return optimized(heads, Plan([CASES[case].entry]), target, dtype)
 
 

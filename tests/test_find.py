@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from skipstone import Budget, find_adaptive_ffn, find_layer_parallel, find_self_speculate, find_skip_by_prompt
+from skipstone import (
+    Budget,
+    find_adaptive_ffn,
+    find_compress_kv,
+    find_layer_parallel,
+    find_self_speculate,
+    find_skip_by_prompt,
+)
 from skipstone.budget import hold_out
 from skipstone.calibrate import Batch, token_batches
 from tests import models
@@ -17,6 +24,7 @@ FINDERS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "adaptive": (find_adaptive_ffn, "calibrate_adaptive_ffn", ()),
     "by prompt": (find_skip_by_prompt, "skip_by_prompt", ()),
     "self speculate": (find_self_speculate, "choose_draft", ()),
+    "compress": (find_compress_kv, "choose_streaming_heads", (Budget(nll=0.1),)),
     "layer parallel": (find_layer_parallel, "choose_segment", (Budget(nll=0.1),)),
 }
 
