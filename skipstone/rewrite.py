@@ -182,8 +182,6 @@ def check_plan(plan: Plan, target: str, calibrated: bool) -> None:
                     f"{entry.name} together with skip_by_prompt, which goes on by several programs", hint=hint
                 )
             check_plan(Plan.of(entry.entries(plan), tensors=plan.tensors), target, calibrated)
-        if isinstance(entry, CompressKV) and target == "triton":
-            raise Unsupported(f"{entry.name} on the triton target", hint="Leave it out there.")
         if isinstance(entry, QuantizeWeights) and target == "triton":
             hint = "Use target='onnxruntime' on the CPU, or skipstone.export_onnx(model, directory, plan)."
             raise Unsupported(f"{entry.name} on the triton target", hint=hint)

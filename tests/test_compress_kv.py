@@ -16,6 +16,10 @@ from skipstone.ir.capture.validate import relative_difference
 from skipstone.ir.dialect import CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION, WINDOWED_ATTENTION
 from skipstone.ir.windowed import STEP, window_rows
 from skipstone.passes.base import Status
+from skipstone.rewrite import rewrite
+from skipstone.runtime.executable import Executable
+from skipstone.runtime.triton import compiled
+from skipstone.runtime.triton.session import TritonSession
 from tests import compress_cases as cases
 from tests import models
 from tests.compress_cases import CASES, KV_HEADS, TARGETS, captured, executable, model, optimized, reference, tokens
@@ -108,6 +112,42 @@ def test_a_saved_executable_and_a_saved_cache_go_on(tmp_path: Path) -> None:
     again = loaded.load_cache(tmp_path / "cache")
     following = tokens(2, 1, seed=3)[:, 0]
     assert torch.equal(loaded.decode(following, again), opt.decode(following, cache))
+
+
+# --------------------------------------------------------------------------------------------------- the Triton target
+
+
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_the_triton_target(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: the same graphs, as they are and through Inductor. Windows are written in place."""
+    if not compiles:
+        monkeypatch.setattr(compiled.torch, "compile", lambda module, **_options: module)
+    opt = on_triton()
+    rows, lengths = tokens(2, STEP + 60), (STEP + 30, STEP - 20)
+    mask = torch.zeros(2, STEP + 30, dtype=torch.int64)
+    for number, length in enumerate(lengths):
+        mask[number, -length:] = 1
+    logits, cache = opt.prefill(rows[:, : STEP + 30], mask)
+    places = {name: buffer.data_ptr() for name, buffer in cache.buffers.items()}
+    texts = [rows[number, STEP + 30 - length : STEP + 30] for number, length in enumerate(lengths)]
+    for place in range(STEP + 30, STEP + 34):
+        for number, text in enumerate(texts):
+            assert difference(logits[number], reference("gqa", "some heads", text)[-1]) < TOLERANCE
+        texts = [torch.cat([text, rows[number, place : place + 1]]) for number, text in enumerate(texts)]
+        logits = opt.decode(rows[:, place], cache)
+    assert places == {name: buffer.data_ptr() for name, buffer in cache.buffers.items()}
+    wanted = executable("gqa", "some heads").generate(rows[:, :20], max_new_tokens=STEP + 20, do_sample=False)
+    for _ in range(2):
+        assert torch.equal(opt.generate(rows[:, :20], max_new_tokens=STEP + 20, do_sample=False), wanted)
+
+
+def on_triton() -> Any:
+    """An executable of that target for a model on the CPU, which `optimize` gives for a CUDA device alone."""
+    plan = Plan([CASES["some heads"].entry])
+    program, _ = rewrite(captured("gqa").copy(), plan, target="triton")
+    own = model("gqa")
+    options: dict[str, Any] = {"config": own.config, "generation_config": own.generation_config}
+    return Executable(TritonSession(program), target="triton", plan=plan, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache

@@ -49,9 +49,7 @@ def test_places_that_the_model_does_not_have(name: str) -> None:
         optimized("gqa", Plan([CompressKV(**settings)]))
 
 
-def test_not_on_the_triton_target_and_not_with_skipping_by_prompt() -> None:
-    with pytest.raises(Unsupported, match="compress_kv on the triton target"):
-        check_plan(Plan([CompressKV()]), "triton", calibrated=False)
+def test_not_with_skipping_by_prompt() -> None:
     by_prompt = SkipByPrompt(sets=(SkipSublayers(ffn=(1,)),))
     with pytest.raises(Unsupported, match="compress_kv together with skip_by_prompt"):
         check_plan(Plan([by_prompt, CompressKV()]), "eager", calibrated=False)

@@ -44,6 +44,7 @@ class CompiledGraph:
         """Run it on one tensor a placeholder."""
         key = self.fixed_sizes(inputs)
         if key not in self._compiled:
+            inputs = [value.detach() for value in inputs]  # marks would stay on buffers that other graphs take, too
             for value, axes in zip(inputs, self._dynamic(inputs), strict=True):
                 for axis in axes:
                     torch._dynamo.mark_dynamic(value, axis)

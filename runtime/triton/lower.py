@@ -4,7 +4,7 @@ Functional caches would be copied whole at each step, since Inductor does not el
 0.6 ms, for four caches of 128 MB). So each cached attention becomes its mutating twin over the same buffers, those of
 one slot in their order, and the new buffers leave the outputs. Attention through a cache and predicated linear layers
 stay operators of the dialect, which have Triton kernels on CUDA devices; the others become their references, so that
-Inductor sees into them.
+Inductor sees into them. So does attention to a window, whose caches are small.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from skipstone.ir.dialect import (
     PROMPT_MEAN,
     PROMPT_TURN,
     SKIP_PREDICATE,
+    WINDOWED_ATTENTION,
     WRITE_CACHE,
     WRITING_OPS,
+    attend,
     attention_reference,
     cache_operands,
     first_buffer,
@@ -37,6 +39,7 @@ from skipstone.ir.gates import gate_reference, skip_predicate_reference
 from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.quantized import quantized_cached_attention_
+from skipstone.ir.windowed import row_places, visible_rows
 from skipstone.runtime.triton.experts import gathered_experts
 from skipstone.runtime.triton.products import gather, linear, matmul
 from skipstone.runtime.triton.rows import gather_products
@@ -123,7 +126,7 @@ def _write_in_place(program: Program, node: fx.Node) -> None:
     keys, values = cache_operands(node)
     buffers = (*keys, *values)
     for buffer in buffers:
-        if any(user is not node and user.target not in (TWIN, _write_rows) for user in buffer.users):
+        if any(user is not node and user.target not in (TWIN, _write_rows, _write_window) for user in buffer.users):
             raise InternalError(f"the cache buffer {buffer.name} is read beside its attention {node.name}")
     with program.graph.inserting_before(node):
         out = _twin(program, node)
@@ -146,6 +149,13 @@ def _twin(program: Program, node: fx.Node) -> fx.Node:
         k, v, *_, start = node.args
         program.call(_write_rows, *keys, k, start)
         return program.call(_write_rows, *values, v, start)
+    if node.target == WINDOWED_ATTENTION:
+        q, k, v, *buffers, start, count, sinks = (*node.args, None)[:8]
+        first: Any = node.kwargs.get("first", 0)
+        for cache, rows in zip(buffers, (k, v), strict=True):
+            program.call(_write_window, cache, rows, start, count, first)
+        rest = {name: value for name, value in node.kwargs.items() if name != "slot"}
+        return program.call(_attend_to_window, q, *buffers, start, count, sinks, **rest)
     if node.target == CACHED_ATTENTION:
         q, k, v, _, _, start, bias, sinks, key_bias, frequencies = (*node.args, *[None] * 4)[:10]
         if bias is not None:
@@ -165,6 +175,33 @@ def _write_rows(cache: Tensor, rows: Tensor, start: Tensor) -> None:
     places = start.unsqueeze(1) + torch.arange(rows.shape[2], device=rows.device)
     batch = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
     cache.transpose(1, 2).index_put_((batch, places), rows.transpose(1, 2).to(cache.dtype))
+
+
+@has_side_effect
+def _write_window(cache: Tensor, rows: Tensor, start: Tensor, count: Tensor, first: int) -> None:
+    """Write rows [B, KH, S, D] into a cache of `windowed_attention`."""
+    places = row_places(cache.shape[2], first, start, count, rows.shape[2])
+    batch = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
+    cache.transpose(1, 2).index_put_((batch, places), rows.transpose(1, 2).to(cache.dtype))
+
+
+def _attend_to_window(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    count: Tensor,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    window: int,
+    first: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """What `windowed_attention` returns [B, N, S, Dv], once the rows are written."""
+    torch._check(q.shape[0] == keys.shape[0])  # else it would be compiled for one size of a batch
+    allowed = visible_rows(keys.shape[2], first, window, start, count, q.shape[2])
+    return attend(q, keys, values, allowed, None, sinks, scale, softcap)
 
 
 _PLAIN: Mapping[Any, Callable[..., Any]] = {
