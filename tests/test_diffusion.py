@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from skipstone.errors import InvalidInput, Unsupported
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.program import Program
 from skipstone.ir.stream import find_stream
+from skipstone.report import Timing, measure
 from skipstone.runtime.eager import EagerSession
 from skipstone.search import search
 from skipstone.similarity import measure_similarity, similarity_by_mask_ratio
@@ -285,6 +287,20 @@ def test_a_budget_is_searched_and_proved_on_masked_tokens(monkeypatch: pytest.Mo
         optimized(list(texts(20, 16).split(4)), budget=Budget(kl=0.1))
 
 
-def test_time_is_that_of_a_pass() -> None:
-    opt = skipstone.Executable(EagerSession(program()))
-    assert 0.2 < certify.speedup(opt, opt, batches()) < 5
+def test_time_is_that_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all of the first sequence: without a cache there are no steps whose time could count."""
+    full, changed = (skipstone.Executable(EagerSession(program())) for _ in range(2))
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+
+    def measured(systems: dict[str, Any], prompt: Tensor, *options: Any) -> dict[str, Timing]:
+        seen.append((systems, prompt))
+        found = measure(systems, prompt, *options)
+        assert all(each.decode_ms is None and each.prefill_ms > 0 for each in found.values())
+        return {name: replace(each, prefill_ms={"full": 6.0, "changed": 4.0}[name]) for name, each in found.items()}
+
+    monkeypatch.setattr(certify, "measure", measured)
+    data = batches()
+    assert certify.speedup(full, changed, data) == 1.5
+    ((systems, prompt),) = seen
+    assert systems == {"full": full, "changed": changed}
+    assert torch.equal(prompt, data[0].tokens[:1])

@@ -52,6 +52,7 @@ def expected(llama) -> list[list[int]]:
     return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, PROMPTS, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ours", PLAIN])
 def test_the_runner_finds_out_whether_caches_are_written_in_place(folder, expected, kind) -> None:
     runner = Runner(folder / kind, threads=1)
@@ -61,15 +62,17 @@ def test_the_runner_finds_out_whether_caches_are_written_in_place(folder, expect
     assert [list(runner.stream(prompt, NEW)) for prompt in PROMPTS] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system, kind", [("ours", "ours"), ("growing", PLAIN)])
-def test_systems_give_the_tokens_of_the_model_and_their_times(folder, expected, system, kind) -> None:
+def test_systems_give_the_tokens_of_the_model_and_their_times(folder, expected, system, kind, monkeypatch) -> None:
     generate = export_systems.SYSTEMS[system](folder / kind, 1)
     for prompt, tokens in zip(PROMPTS, expected, strict=True):
-        answer = export_systems.turn(generate, prompt, NEW - 1)
-        assert answer["tokens"] == tokens
-        assert 0 < answer["step"] < 1 and 0 < answer["prefill"] < 10
+        clock = SimpleNamespace(perf_counter=iter([1.0, 3.0, 3.0 + 4 * (NEW - 1)]).__next__)
+        monkeypatch.setattr(export_systems, "time", clock)
+        assert export_systems.turn(generate, prompt, NEW - 1) == {"prefill": 2.0, "step": 4.0, "tokens": tokens}
 
 
+@pytest.mark.slow
 def test_a_system_runs_in_a_process_of_its_own(folder, expected, monkeypatch) -> None:
     monkeypatch.setattr(export, "NEW_TOKENS", NEW - 1)
     with export.Running(sys.executable, "ours", folder / "ours", threads=1) as running:
@@ -120,6 +123,7 @@ def test_it_says_why_genai_is_not_measured(tmp_path, monkeypatch) -> None:
     assert export.why_no_genai("python") == "ModuleNotFoundError: No module named 'it'"
 
 
+@pytest.mark.slow
 def test_viewers_find_the_modules_as_they_do_in_an_export_of_torch(folder, llama) -> None:
     """Scopes ``path: Class`` in the metadata `namespace`, each inside the one before, and at the end the operator.
 
