@@ -94,7 +94,8 @@ CASES: dict[str, tuple[str, Callable[[], Plan]]] = {
 """Name -> model and plan."""
 SLOW = (
     *(("experts", target) for target in ("eager", "triton", "onnxruntime")),
-    *((case, "onnxruntime") for case in ("by_prompt", "masked")),
+    *((case, "onnxruntime") for case in ("by_prompt", "masked", "parallel", "skipped")),
+    *((case, "triton") for case in ("one_set", "skipped")),
 )
 """Cases and targets that take long to build."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -30,28 +32,36 @@ def llama() -> PreTrainedModel:
 # Plans
 
 
+PLANS: dict[str, tuple[Plan, Callable[[PreTrainedModel], PreTrainedModel]]] = {
+    "empty": (Plan([]), lambda model: model),
+    "skip": (
+        Plan([SkipSublayers(attention=(1,), ffn=(2,), layers=(3,))]),
+        lambda model: without(model, (1, 3), (2, 3)),
+    ),
+    "parallel": (Plan([LayerParallel((Segment(1, 4),))]), lambda model: side_by_side(model, 1, 4)),
+    "all": (
+        Plan([SkipSublayers(layers=(0,)), LayerParallel((Segment(1, 3),)), FuseParallel()]),
+        lambda model: side_by_side(without(model, (0,), (0,)), 1, 3),
+    ),
+}
+"""Plans, and models of transformers that compute the same."""
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize(
-    ("plan", "change"),
+    ("case", "kind"),
     [
-        (Plan([]), lambda model: model),
-        pytest.param(
-            Plan([SkipSublayers(attention=(1,), ffn=(2,), layers=(3,))]),
-            lambda model: without(model, (1, 3), (2, 3)),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            Plan([LayerParallel((Segment(1, 4),))]), lambda model: side_by_side(model, 1, 4), marks=pytest.mark.slow
-        ),
-        (
-            Plan([SkipSublayers(layers=(0,)), LayerParallel((Segment(1, 3),)), FuseParallel()]),
-            lambda model: side_by_side(without(model, (0,), (0,)), 1, 3),
+        ("empty", "static"),
+        ("all", "dynamic"),
+        *(
+            pytest.param(case, kind, marks=pytest.mark.slow)
+            for case, kind in product(PLANS, ("dynamic", "static"))
+            if (case, kind) not in (("empty", "static"), ("all", "dynamic"))
         ),
     ],
-    ids=["empty", "skip", "parallel", "all"],
 )
-def test_a_prompt_and_steps_with_a_cache(llama: PreTrainedModel, plan: Plan, change: Any, kind: str) -> None:
+def test_a_prompt_and_steps_with_a_cache(llama: PreTrainedModel, case: str, kind: str) -> None:
+    plan, change = PLANS[case]
     fast, reports = compiled(llama, plan)
     caches = {"dynamic": DynamicCache, "static": lambda: StaticCache(llama.config, max_cache_len=16)}
     cache, own = compare_steps(fast, change(llama), caches[kind])
@@ -107,8 +117,12 @@ def test_the_skipped_is_not_computed(llama: PreTrainedModel) -> None:
     ("entries", "change"),
     [
         ([FuseParallel()], lambda model: model),
-        ([LayerParallel((Segment(1, 4),)), FuseParallel()], lambda model: side_by_side(model, 1, 4)),
-        ([LayerParallel((Segment(0, 4, iterations=4),))], lambda model: model),
+        pytest.param(
+            [LayerParallel((Segment(1, 4),)), FuseParallel()],
+            lambda model: side_by_side(model, 1, 4),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([LayerParallel((Segment(0, 4, iterations=4),))], lambda model: model, marks=pytest.mark.slow),
         ([LayerParallel((Segment(1, 3, iterations=2),)), FuseParallel()], lambda model: model),
     ],
     ids=["siblings", "lanes", "iterations", "both"],
@@ -204,6 +218,7 @@ def test_open_sizes_are_compiled_once(llama: PreTrainedModel) -> None:
     assert len(reports) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prompts_of_any_length_then_steps(llama: PreTrainedModel) -> None:
     fast, reports = compiled(llama, Plan([SkipSublayers(attention=(1,))]))
@@ -256,7 +271,7 @@ def test_embeddings_instead_of_tokens(llama: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_images(dynamic: bool | None) -> None:
     """Neither tokens nor embeddings: activations come from the one input of numbers."""
     torch.manual_seed(0)

@@ -197,7 +197,7 @@ def test_a_bad_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("plan.json", r"plan is str.*Plan\.load"),
         (Plan([SkipSublayers(layers=(2,))]), "layers names layer 2.*layers 0 to 1.*nearest is 1"),
         (Plan([SkipSublayers(paths=("model.layers.1.mpl",))]), r"nearest is 'model\.layers\.1\.mlp'"),
-        (Plan([SkipSublayers(layers=(0, 1))]), "every sublayer"),
+        pytest.param(Plan([SkipSublayers(layers=(0, 1))]), "every sublayer", marks=pytest.mark.slow),
         (Plan([SkipSublayers(attention=(0, 1), ffn=(0, 1))]), "every sublayer"),
         (Plan([SkipSublayers()]), "applied nowhere"),
         (Plan([SkipSublayers(layers=(0,))], model="0" * 64), "made for another model"),
@@ -417,7 +417,7 @@ STATEFUL_ROPE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ROPE)
+@pytest.mark.parametrize("kind", [pytest.param("linear", marks=pytest.mark.slow), "yarn", "llama3"])
 def test_scaled_rope_is_exact_beyond_the_original_positions(kind: str) -> None:
     theirs = llama(rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **ROPE[kind]})
     ours = skipstone.optimize(theirs, target="eager", progress=False)
@@ -462,7 +462,7 @@ def test_an_encoder_decoder_needs_an_example(name: str, tmp_path: Path, monkeypa
     assert_refused(UserError, message, encoder_decoder(name), here=tmp_path, monkeypatch=monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_the_forward_pass_of_an_encoder_decoder_is_exact(name: str) -> None:
     theirs = encoder_decoder(name)
     ours = skipstone.optimize(theirs, example_inputs=two_sequences(3, 11, 7), target="eager", progress=False)

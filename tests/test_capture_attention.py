@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,18 @@ BROADCAST: dict[str, Form] = {
 }
 
 
+SLOW = (
+    "filled with a number that is hardly low", "chosen", "with a causal one", "one head of keys",
+    "queries for all sequences", "keys for all sequences",
+)  # fmt: skip
+"""Forms of which another one is much like them."""
+
+
+def with_slow(forms: Iterable[str]) -> list[Any]:
+    """Parameters: the names of forms."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in forms]
+
+
 def optimized(form: Form, target: Target = "eager") -> tuple[nn.Module, Executable]:
     module = Attending(form).eval()
     example = {"x": torch.randn(2, 5, WIDTH), "mask": torch.ones(2, 5, dtype=torch.int64)}
@@ -88,20 +101,26 @@ def assert_equal(module: nn.Module, opt: Executable) -> None:
         assert relative_difference(opt(x=x, mask=mask), module(x, mask)) < 1e-6
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", with_slow(MASKED))
 def test_queries_without_keys(name: str) -> None:
     module, opt = optimized(MASKED[name])
     assert len(list(opt.program.nodes(ATTENTION))) == (name not in NOT_RECOGNISED)
     assert_equal(module, opt)
 
 
-@pytest.mark.parametrize("name", BROADCAST)
+@pytest.mark.parametrize("name", with_slow(BROADCAST))
 def test_what_is_broadcast(name: str) -> None:
     module, opt = optimized(BROADCAST[name])
     assert_equal(module, opt)
 
 
-@pytest.mark.parametrize("form", [MASKED["with a causal one"], BROADCAST["queries for all sequences"]])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(MASKED["with a causal one"], marks=pytest.mark.slow),
+        BROADCAST["queries for all sequences"],
+    ],
+)
 def test_lowered_to_onnx(form: Form) -> None:
     assert_equal(*optimized(form, "onnxruntime"))
 

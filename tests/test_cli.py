@@ -6,13 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from skipstone.cli import main
+from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.errors import InternalError, Unsupported, UserError
+from skipstone.ir.program import Program
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.quantize_weights import QuantizeWeights
 from skipstone.passes.self_speculate import SelfSpeculate
@@ -53,6 +56,20 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     yield
     sys.modules.pop("tiny_models", None)
+
+
+@cache
+def captured() -> Program:
+    """The model of `tiny_models`, captured once."""
+    from tiny_models import llama
+
+    return capture_huggingface(llama().eval())
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `optimize` captures of `tiny_models:llama`, or of a checkpoint of it, was captured before."""
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "capture", lambda *_: captured().copy())
 
 
 @pytest.fixture
@@ -99,6 +116,7 @@ def test_optimize_prints_the_report(capsys):
     assert "6 (3 + 3) 6 (3 + 3)" in out
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_optimize_skips_what_the_options_name(capsys):
     options = ("--skip-layers", "1", "--skip-ffn", "0,2", "--target", "eager")
     code, out, _ = run(capsys, "optimize", "tiny_models:llama", *options)
@@ -107,6 +125,7 @@ def test_optimize_skips_what_the_options_name(capsys):
     assert "skip_sublayers applied" in out
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_optimize_carries_out_a_plan(capsys, tmp_path: Path):
     path = tmp_path / "plan.json"
     Plan([SkipSublayers(attention=(1,))]).save(path)
@@ -115,7 +134,7 @@ def test_optimize_carries_out_a_plan(capsys, tmp_path: Path):
     assert "6 (3 + 3) 5 (2 + 3)" in out
 
 
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", [pytest.param("eager", marks=pytest.mark.slow), "onnxruntime"])
 def test_optimize_generates_and_measures(capsys, checkpoint: str, target: str):
     options = ("--prompt", "def f(x):", "--max-new-tokens", "5", "--threads", "1", "--target", target, "--measure")
     code, out, _ = run(capsys, "optimize", checkpoint, *options)
@@ -144,6 +163,7 @@ def test_what_optimize_saved_generates_the_same(capsys, checkpoint: str, tmp_pat
     assert code == 0
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_generate_needs_a_tokenizer(capsys):
     code, _, _ = run(capsys, "optimize", "tiny_models:llama", "--target", "eager", "--save", "saved")
     assert code == 0
@@ -309,6 +329,7 @@ def test_options_reach_what_they_are_for(capsys, checkpoint: str, monkeypatch: p
     assert seen[4][1]["native_code"] is True
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_draft_is_found_and_told_of(capsys, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[object] = []
 
@@ -325,6 +346,7 @@ def test_a_draft_is_found_and_told_of(capsys, checkpoint: str, tmp_path: Path, m
     assert asked == [1, Plan([SkipSublayers(ffn=(1,))]), "eager", None]
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_compiled_code_is_saved_where_it_is_asked_for(capsys, monkeypatch: pytest.MonkeyPatch):
     asked: list[object] = []
     monkeypatch.setattr(Executable, "save", lambda self, place, **options: asked.append(options["compiled_for"]))
@@ -364,6 +386,7 @@ def test_code_from_a_model_runs_only_when_allowed(monkeypatch):
     assert seen == [False, True]
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_quantized_cache(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Calibrated on a text, and again from the saved plan without it."""
     (tmp_path / "text.txt").write_text("some words to calibrate on, " * 40)
@@ -378,6 +401,7 @@ def test_a_quantized_cache(checkpoint: str, tmp_path: Path, capsys: pytest.Captu
     assert "Cannot read the calibration text" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_plan_under_a_budget(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

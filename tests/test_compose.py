@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import onnx
 import pytest
@@ -16,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from skipstone import FuseParallel, LayerParallel, Plan, QuantizeKV, Segment, SkipFFNAdaptive, SkipSublayers
 from skipstone.cli import main
+from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.optimize import optimize
 from skipstone.runtime.onnx.runner import Runner
 from tests.backend_cases import close, compiled
@@ -62,8 +65,11 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 def built(model: LlamaForCausalLM) -> Iterator[dict[str, Any]]:
     """The plan on both targets; the second one reapplies what the first calibrated."""
     skip_without_group_query_attention()  # the cache is quantized
-    ours = optimize(model, PLAN, target="onnxruntime", calibration=[tokens(4, 48)], progress=False)
-    yield {"onnxruntime": ours, "eager": optimize(model, ours.plan, target="eager", progress=False)}
+    program = capture_huggingface(model)
+    with patch.object(import_module("skipstone.optimize"), "capture", lambda *_: program.copy()):
+        ours = optimize(model, PLAN, target="onnxruntime", calibration=[tokens(4, 48)], progress=False)
+        same = optimize(model, ours.plan, target="eager", progress=False)
+    yield {"onnxruntime": ours, "eager": same}
 
 
 def test_each_entry_is_carried_out(built: dict[str, Any]) -> None:
@@ -189,6 +195,7 @@ def check_backend(model: LlamaForCausalLM, *steps: int) -> None:
     assert {"skip_sublayers", "layer_parallel", "fuse_parallel"} <= applied
 
 
+@pytest.mark.slow  # `test_backend.py` compares with models of transformers
 @pytest.mark.usefixtures("uncompiled")
 def test_the_backend_computes_what_optimize_does(model: LlamaForCausalLM) -> None:
     check_backend(model, 8)

@@ -84,6 +84,7 @@ CONFIGS = {
 """Grouped heads, biases, norms of queries and keys (one head, all heads, 1 + w), caps, windows, fused projections,
 partial and interleaved rotary embeddings, tables of positions, and sinks."""
 
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in ("gemma3", "gptj", "olmo2") else n for n in CONFIGS]
 BIASED = ("llama_yarn", "qwen2", "gpt_neox", "gpt2", "gpt_oss")
 REFUSED = {
     ("gemma2", Rewrite.CENTRE_K): "capped",
@@ -176,7 +177,7 @@ def keys_and_values(program: Program) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("rewrite", list(Rewrite))
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_rewrite_is_exact_where_it_applies(name: str, rewrite: Rewrite) -> None:
     exact = in_float64(name)
     result, remarks = condition(exact, rewrite)
@@ -194,7 +195,7 @@ def test_each_rewrite_is_exact_where_it_applies(name: str, rewrite: Rewrite) -> 
     assert difference(logits(result), logits(exact)) <= 1e-12
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_all_rewrites_together_equal_the_model(name: str) -> None:
     before = {key: value.clone() for key, value in model(name).state_dict().items()}
     result, remarks = condition(program(name), *Rewrite)
@@ -360,7 +361,7 @@ def with_large_bias(name: str, layer: int, length: float = 600.0) -> Program:
     return changed
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_ordinary_biases_are_not_large(name: str) -> None:
     assert large_key_biases(program(name)) == {}
 

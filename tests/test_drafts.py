@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -53,7 +54,8 @@ def model() -> Any:
 
 @pytest.fixture(autouse=True)
 def _captured_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipstone.find.capture", lambda *_: program(model).copy())
+    for place in ("find", "optimize"):
+        monkeypatch.setattr(import_module(f"skipstone.{place}"), "capture", lambda *_: program(model).copy())
 
 
 @cache
@@ -147,6 +149,7 @@ def test_looking_up_is_tried_too(model: Any, clock: Callable[..., None], monkeyp
     assert entry == dataclasses.replace(BAD, tokens=2, lookup=6)
 
 
+@pytest.mark.slow  # three executables of one draft
 def test_a_plan_is_kept_beneath(model: Any, clock: Callable[..., None]) -> None:
     clock(draft=0.2)
     entries = [SkipSublayers(ffn=(4,)), QuantizeKV(k="int8", v="int8")]

@@ -262,9 +262,10 @@ def mixture(name: str) -> tuple[PreTrainedModel, Program]:
 
 
 MIXTURES = {"mixtral": [0, 1, 2], "gpt_oss": [0, 1, 2], "qwen3_moe": [0, 1, 2, 3], "deepseek_v3": [1, 2, 3]}
+SAMPLE = ["mixtral", "gpt_oss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3_moe", "deepseek_v3"))]
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_each_mixture_is_one_node_with_exact_logits(name: str) -> None:
     model, program = mixture(name)
     nodes = list(program.nodes(EXPERTS))
@@ -348,7 +349,7 @@ def test_in_bfloat16_the_program_is_as_accurate_as_the_model() -> None:
 # ------------------------------------------------------------------------------------------------ analyses
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_a_mixture_is_an_ffn_that_keeps_tokens_apart(name: str) -> None:
     program = mixture(name)[1]
     prove_cacheable(program)
@@ -444,8 +445,11 @@ def assert_same_results(program: Program, session: OnnxSession) -> None:
         torch.testing.assert_close(got, expected, atol=2e-6 * SCALE, rtol=0)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize(
+    ("transposed", "bias"),
+    [(False, False), (True, True), *(pytest.param(t, not t, marks=pytest.mark.slow) for t in (False, True))],
+    ids=["", "transposed-bias", "bias", "transposed"],
+)
 @pytest.mark.parametrize("gate", GATES)
 def test_onnx_runtime_gives_the_same_for_one_row_and_for_many(gate: str, transposed: bool, bias: bool) -> None:
     program = alone(GATES[gate] | {"transposed": transposed}, bias)
@@ -487,7 +491,9 @@ def test_the_matrices_of_each_expert_are_memory_of_the_stack() -> None:
     assert {opset.domain for opset in model.opset_import} <= {"", "com.microsoft"}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mixtral", "deepseek_v3"))]
+)
 def test_prefill_and_decode_in_onnx_runtime(name: str) -> None:
     program = Pipeline([InsertKVCache()]).run(mixture(name)[1])
     reference, session = EagerSession(program), OnnxSession(program, 1)

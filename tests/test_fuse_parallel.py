@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import cache
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_units_of_a_model_are_those_of_their_formulas(name: str, unit: Any, ids:
     assert count(program, ATTENTION) < count(parallel(name, segment), ATTENTION)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), "gpt_neox"])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_layers_of_a_model_are_those_of_the_update_rule(name: str, iterations: int, ids: Tensor) -> None:
     segment = Segment(0, 3, iterations)
@@ -198,10 +199,13 @@ def test_gains_are_folded_where_lanes_then_read_the_same() -> None:
     assert readers[0].meta["val"].shape[-1] == 3 * width
 
 
-GAINED = [("llama", "layer"), ("llama", "two_stage"), ("gpt_neox", "layer"), ("gpt2", "layer"), ("gpt2", "two_stage")]
-
-
-@pytest.mark.parametrize(("name", "unit"), GAINED)
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        *itertools.product(("llama", "gpt2"), ("layer", "two_stage")),
+        pytest.param("gpt_neox", "layer", marks=pytest.mark.slow),
+    ],
+)
 def test_gains_and_biases_are_each_layers_own(name: str, unit: Any) -> None:
     """Fresh models have gains of one and biases of zero, which nobody would miss."""
     side_by_side = run_pass(LayerParallel((Segment(0, 3, unit=unit),)), gained_program(name))

@@ -215,7 +215,7 @@ def token_by_token(opt: Executable, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([last[:, None], *(opt.decode(part, cache) for part in rest)], dim=1)
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("iterations", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_token_by_token_equals_all_at_once(kind: str, iterations: int) -> None:
     """Also for a row that is shorter, padded on its left."""

@@ -204,7 +204,7 @@ def test_states_of_half_precision_stay_single_between_corrections() -> None:
 
 # Hugging Face models
 
-NAMES = ("llama", "gemma2", "gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mixtral")))
+NAMES = ("llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_neox", "gpt2", "mixtral")))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,6 +18,7 @@ def test_figures_are_named_by_layers_iterations_and_unit() -> None:
     assert layer_parallel.label(Segment(8, 20, 1, "two_stage")) == "12_1_two_stage"
 
 
+@pytest.mark.slow
 def test_it_measures_quality_and_counts_costs() -> None:
     program = models.program("deep")
     text = token_batches([models.tokens(3, 16, seed=0)], program.source)

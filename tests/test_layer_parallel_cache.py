@@ -75,6 +75,7 @@ def test_token_by_token_equals_all_at_once(case: str) -> None:
             assert_close(steps[row], wanted[-steps.shape[1] :], within(name))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_any_segments_decode_as_they_prefill(data: st.DataObject) -> None:

@@ -220,7 +220,8 @@ def test_what_is_read_at_once_is_the_same_and_what_is_read_in_steps_is_not(kv: s
 def generating() -> Any:
     """A model of transformers whose layers share a slot among their iterations."""
     plan = Plan([LayerParallel((Segment(1, 5, iterations=2),), "last")])
-    return optimize(mistral(torch.float32), plan, target="eager", progress=False)
+    with patch.object(import_module("skipstone.optimize"), "capture", lambda *_: captured()):
+        return optimize(mistral(), plan, target="eager", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -284,14 +285,16 @@ def test_a_layer_has_one_slot_and_the_bytes_of_one() -> None:
 
 
 def test_the_report_warns() -> None:
-    warning, found = "decoding token by token no longer equals reading all at once", {}
-    for kv in POLICIES:
-        plan = Plan([LayerParallel((Segment(1, 5, 2),), kv)])  # type: ignore[arg-type]
-        with patch.object(import_module("skipstone.optimize"), "capture", lambda *_: captured()):
-            report = optimize(mistral(), plan, target="eager", progress=False).report
-        found[kv] = [each.where for each in report.remarks if warning in each.why]
-        assert report.cache == f"{LAYERS + 2 * (kv == 'iterate')} slots"
+    warning, segment = "decoding token by token no longer equals reading all at once", Segment(1, 5, 2)
+    found = {
+        kv: [each.where for record in program(segment, kv).history for each in record.remarks if warning in each.why]
+        for kv in POLICIES
+    }
     assert found == {"iterate": []} | {kv: [f"slots {', '.join(map(str, slots))}"] for kv, slots in SHARED.items()}
+    with patch.object(import_module("skipstone.optimize"), "capture", lambda *_: captured()):
+        report = optimize(mistral(), Plan([LayerParallel((segment,), "final")]), target="eager", progress=False).report
+    assert [each.where for each in report.remarks if warning in each.why] == found["final"]
+    assert report.cache == f"{LAYERS} slots"
     assert "decoding token by token no longer" in str(report)  # a line of a narrow column
 
 

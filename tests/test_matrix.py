@@ -60,7 +60,12 @@ def skipping(attention: tuple[int, ...], ffn: tuple[int, ...], layers: tuple[int
 CASES = {"empty": Case(Plan()), "skip": skipping(attention=(0,), ffn=(LAYERS - 1,), layers=(2,))}
 KV_HEADS = {"mha": 4, "gqa": 2}
 TARGETS = ("eager", "onnxruntime")
-CELLS = [(heads, case, target) for target in TARGETS for case in CASES for heads in KV_HEADS]
+CELLS = [
+    pytest.param(heads, case, target, marks=pytest.mark.slow if heads == "mha" else ())
+    for target in TARGETS
+    for case in CASES
+    for heads in KV_HEADS
+]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,7 +171,7 @@ def test_greedy_tokens(heads: str, case: str, target: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("heads", KV_HEADS)
+@pytest.mark.parametrize("heads", [pytest.param("mha", marks=pytest.mark.slow), "gqa"])
 def test_bfloat16_is_as_close_to_float64_as_the_model_itself(heads: str, case: str) -> None:
     """Root mean square over all logits: the largest error is that of one unlucky logit, and its ratio is mostly noise.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -74,6 +75,12 @@ class OneAttention(nn.Module):
 
 
 def build(**options) -> Program:
+    """The program of one attention."""
+    return built(**options).copy()
+
+
+@functools.cache
+def built(**options) -> Program:
     torch.manual_seed(0)
     model = OneAttention(**options).eval()
     batch, rows, capacity, wanted = 3, 11, 64, 5
@@ -97,6 +104,13 @@ def with_slots(program: Program) -> Program:
     program.inputs = tuple(replace(port, slot=0) if port.role in cache else port for port in program.inputs)
     program.outputs = tuple(replace(port, slot=0) if port.role in cache else port for port in program.outputs)
     return program
+
+
+@pytest.fixture(scope="module")
+def one() -> tuple[Program, OnnxSession]:
+    """The program of one attention, and its session."""
+    program = build()
+    return program, OnnxSession(program, 1)
 
 
 def operators(program: Program) -> list[str]:
@@ -146,13 +160,13 @@ STEPS = [(7, [0, 0]), (1, [7, 4]), (1, [8, 5]), (5, [9, 2]), (3, [0, 7]), (1, [1
 @pytest.mark.parametrize(
     "options",
     [
-        {"heads": 2, "kv_heads": 2},
+        pytest.param({"heads": 2, "kv_heads": 2}, marks=pytest.mark.slow),
         {"heads": 4, "kv_heads": 2},
         {"heads": 6, "kv_heads": 1, "width": 16},
-        {"width": 40},
+        pytest.param({"width": 40}, marks=pytest.mark.slow),
         pytest.param({"width": 64}, marks=pytest.mark.slow),
         pytest.param({"kind": "sliding", "window": 1}, marks=pytest.mark.slow),
-        {"kind": "sliding", "window": 4},
+        pytest.param({"kind": "sliding", "window": 4}, marks=pytest.mark.slow),
         pytest.param({"kind": "sliding", "window": 100}, marks=pytest.mark.slow),
         pytest.param({"softcap": 2.0}, marks=pytest.mark.slow),
         pytest.param({"sinks": True}, marks=pytest.mark.slow),
@@ -173,7 +187,9 @@ def test_group_query_attention(options):
         pytest.param({"width": 12}, marks=pytest.mark.slow),
         {"width": 8, "value_width": 16},
         pytest.param({"kind": "chunked", "window": 4}, marks=pytest.mark.slow),
-        {"width": 20, "sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3},
+        pytest.param(
+            {"width": 20, "sinks": True, "softcap": 3.0, "kind": "sliding", "window": 3}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -197,9 +213,9 @@ def test_an_older_version_is_one_that_cannot_open_the_operator(monkeypatch):
         OnnxSession(build(), 1)
 
 
-def test_the_cache_may_grow_between_steps():
-    program = build()
-    reference, session = EagerSession(program), OnnxSession(program, 1)
+def test_the_cache_may_grow_between_steps(one):
+    program, session = one
+    reference = EagerSession(program)
     caches = [KVCache.allocate(session.layout, 1, 4) for _ in range(2)]
     rows = torch.tensor([[0]])
     for position in range(9):
@@ -217,20 +233,20 @@ def test_the_cache_may_grow_between_steps():
         torch.testing.assert_close(got, expected)
 
 
-def test_logits_of_one_step_survive_the_next():
-    session = OnnxSession(build(), 1)
+def test_logits_of_one_step_survive_the_next(one):
+    _, session = one
     cache = KVCache.allocate(session.layout, 1, 8)
     rows = torch.tensor([[0]])
-    one = torch.tensor([1])
-    first = session.step(torch.tensor([[3]]), rows, one, rows, cache)
+    count = torch.tensor([1])
+    first = session.step(torch.tensor([[3]]), rows, count, rows, cache)
     kept = first.clone()
-    cache.advance(one)
-    session.step(torch.tensor([[5]]), rows + 1, one, rows, cache)
+    cache.advance(count)
+    session.step(torch.tensor([[5]]), rows + 1, count, rows, cache)
     assert torch.equal(first, kept)
 
 
-def test_a_step_beyond_the_cache_is_refused():
-    session = OnnxSession(build(), 1)
+def test_a_step_beyond_the_cache_is_refused(one):
+    _, session = one
     cache = KVCache.allocate(session.layout, 1, 4)
     tokens = torch.zeros(1, 3, dtype=torch.int64)
     cache.lengths = torch.tensor([2])
@@ -267,6 +283,7 @@ def test_a_language_model_with_a_cache(make):
     assert domains <= {"", "com.microsoft"}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_language_model_without_a_cache():
     model = llama(tie_word_embeddings=True)
@@ -321,8 +338,8 @@ def test_a_half_precision_program_is_refused():
         lower(program_of(Half().eval(), 3, 11, 8, dtype=torch.bfloat16))
 
 
-def test_a_written_model_runs_from_its_files(tmp_path):
-    program = build()
+def test_a_written_model_runs_from_its_files(one, tmp_path):
+    program, _ = one
     lower(program, tmp_path)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     values = {

@@ -88,6 +88,7 @@ def test_operands_that_do_not_fit_are_refused(change: dict[str, Tensor], message
 
 LAYERS = {"llama": 3, "gpt2": 2, "gpt_neox": 2, "gemma2": 3}
 """How many linear layers an FFN of each kind of model has."""
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "gpt_neox" else name for name in LAYERS]
 THRESHOLDS = {"llama": 0.64, "gpt2": 0.74, "gpt_neox": 0.64, "gemma2": 0.91}
 """From which on some tokens skip and others do not."""
 
@@ -144,7 +145,7 @@ def test_every_linear_layer_of_a_gate_obeys_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_results_are_those_of_the_gates(name: str, dtype: torch.dtype) -> None:
     """Of sequences that decide differently, in rows that skip and in those that do not."""
     program = gated(name, dtype)
@@ -155,7 +156,7 @@ def test_results_are_those_of_the_gates(name: str, dtype: torch.dtype) -> None:
     assert_same(run_pass(PredicateFFN(), program), program)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_that_all_rows_skip_make_no_difference(name: str) -> None:
     """Decoded with NaN in all weights and biases of the FFNs, behind a prompt that was read with the right ones."""
     ids, program = models.tokens(2, LENGTH), run_pass(PredicateFFN(), gated(name, always=True))
@@ -175,7 +176,7 @@ def test_weights_that_all_rows_skip_make_no_difference(name: str) -> None:
     assert executable(poisoned).prefill(ids[:, :PROMPT])[0].isnan().any(), "no weight was poisoned"
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_stream_and_the_cost_are_what_they_were(name: str) -> None:
     before = gated(name)
     after = run_pass(PredicateFFN(), before)

@@ -48,7 +48,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "one layer": {"layers": (1,)},
     "some heads": {"k": "int4", "v": "int4", "choices": (FormatChoice((0, 2), heads=(1,), k="int8", v="int8"),)},
 }  # fmt: skip
-PORTABLE = ("int8", "int4")
 EXACT = 1e-9
 """Largest difference of float64 logits, over their range: there no code is rounded another way."""
 
@@ -147,7 +146,11 @@ def expected(heads: str, name: str, ids: Tensor) -> Tensor:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-CELLS = [pytest.param(heads, name, id=f"{heads}, {name}") for heads in KV_HEADS for name in FORMATS]
+CELLS = [
+    pytest.param(heads, name, id=f"{heads}, {name}", marks=pytest.mark.slow if heads == "mha" else ())
+    for heads in KV_HEADS
+    for name in FORMATS
+]
 
 
 @pytest.mark.parametrize(("heads", "name"), CELLS)
@@ -163,10 +166,7 @@ def test_prefill_and_decode(heads: str, name: str) -> None:
     assert relative_difference(torch.cat(parts, dim=1), wanted[:, 12:38]) < EXACT
 
 
-@pytest.mark.parametrize(
-    ("heads", "name"),
-    [*CELLS[len(FORMATS) :], *(pytest.param(*c.values, marks=pytest.mark.slow) for c in CELLS[: len(FORMATS)])],
-)
+@pytest.mark.parametrize(("heads", "name"), CELLS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(heads: str, name: str, side: str) -> None:
     """Rows of 11 and 24 tokens in one batch, then two steps: each equals its own run."""
@@ -228,7 +228,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gpt_neox"))]
+)
 def test_other_attentions(name: str) -> None:
     """Learned positions, windows and soft caps, partial rotation, learned sinks."""
     plan = Plan([QuantizeKV(**OTHERS[name])])
@@ -280,10 +282,10 @@ def test_generate(name: str) -> None:
 @pytest.mark.parametrize(
     ("heads", "name"),
     [
-        ("gqa", "int4"),
+        ("gqa", "int8"),
+        pytest.param("gqa", "int4", marks=pytest.mark.slow),
         pytest.param("mha", "int8", marks=pytest.mark.slow),
         pytest.param("mha", "int4", marks=pytest.mark.slow),
-        pytest.param("gqa", "int8", marks=pytest.mark.slow),
     ],
 )
 def test_onnx_runtime(heads: str, name: str) -> None:
@@ -309,7 +311,7 @@ def test_onnx_runtime(heads: str, name: str) -> None:
 
 
 @needs_group_query_attention
-@pytest.mark.parametrize("name", PORTABLE)
+@pytest.mark.parametrize("name", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_in_onnx_runtime_the_cache_is_written_in_place(name: str) -> None:
     opt = executable("gqa", name, "onnxruntime", torch.float32)
     _, kept = opt.prefill(tokens(1, 8))
@@ -319,7 +321,10 @@ def test_in_onnx_runtime_the_cache_is_written_in_place(name: str) -> None:
     assert {value.dtype for value in before.values()} == {torch.int8 if name == "int8" else torch.uint8}
 
 
-@pytest.mark.parametrize("name", ["int8", "int8_token", "fp8", "kivi4, residual and sinks"])
+@pytest.mark.parametrize(
+    "name",
+    ["int8", "kivi4, residual and sinks", *(pytest.param(n, marks=pytest.mark.slow) for n in ("int8_token", "fp8"))],
+)
 def test_bfloat16(name: str) -> None:
     """The error against the exact float64 model is that of bfloat16 and that of the format, not more."""
     ids = tokens(2, 30)

@@ -166,8 +166,7 @@ def test_the_oracle_skips_by_the_settings(change: dict[str, Any], layers: list[i
             ("deep", change)
             for change in ({}, {"warmup_tokens": 3}, {"cold_start": 1, "cold_end": 1}, {"max_share": 0.4})
         ),
-        ("mixtral", {}),
-        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("gpt2", "gpt_neox")),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("mixtral", "gpt2", "gpt_neox")),
     ],
     ids=lambda part: part if isinstance(part, str) else "-".join(part) or "plain",
 )
@@ -463,7 +462,7 @@ WARM = {"llama": replace(ALWAYS, threshold=0.64, warmup_tokens=1), "gpt_neox": r
 
 
 @pytest.mark.parametrize(
-    "name", [*WARM, "mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deep", "gpt2"))]
+    "name", [*WARM, *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "deep", "gpt2"))]
 )
 def test_onnx_runtime_skips_the_same(name: str) -> None:
     """One token at a time and several, one sequence and two; no cosine is near the threshold."""

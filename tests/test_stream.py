@@ -56,7 +56,9 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "phi" else name for name in ARCHITECTURES]
+)
 def test_real_architectures(name: str) -> None:
     sublayers = find_stream(capture_huggingface(tiny_model(name))).sublayers
     assert sorted((s.layer, s.kind) for s in sublayers) == [(layer, k) for layer in range(LAYERS) for k in (A, F)]

@@ -106,7 +106,7 @@ def log_probabilities(program: Program, ids: Tensor) -> Tensor:
         return program.run(input_ids=ids[:, :-1], position_ids=positions)["logits"][0].double().log_softmax(-1)
 
 
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", [pytest.param("eager", marks=pytest.mark.slow), "onnxruntime"])
 def test_greedy_text_is_the_golden_one(model: LlamaForCausalLM, golden: Tensor, target: str) -> None:
     opt = optimize(model, target=target, progress=False)
     assert torch.equal(opt.generate(golden[:, :1], max_new_tokens=256, do_sample=False), golden)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +55,18 @@ SKIPPED: dict[str, str] = {
 }
 """Module path of the sublayer that is left out; its last linear layer is what the reference zeroes."""
 
-QUICK = ("cross_attention", "explicit_mask")
+QUICK = ("explicit_mask",)
 """Lowered to ONNX in every run; the others in the longer one."""
 
+SLOW = ("hyper_connections",)
+"""Captures that take long, of what `test_hyper_connections.py` has in many forms."""
+
 NO_STREAM = ("delta_residual",)
+
+
+def with_slow(names: Iterable[str]) -> list[Any]:
+    """Parameters: the names of workloads."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
 @functools.cache
@@ -88,19 +98,19 @@ def zeroed(module: nn.Module, path: str) -> nn.Module:
     return changed
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", with_slow(WORKLOADS))
 def test_program_equals_module(name: str) -> None:
     module, program = captured(name)
     for batch, sequence in SIZES:
         assert_equal(program, module, sample(name, batch, sequence))
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", with_slow(WORKLOADS))
 def test_attention_nodes(name: str) -> None:
     assert len(list(captured(name)[1].nodes(ATTENTION))) == ATTENTIONS[name]
 
 
-@pytest.mark.parametrize("name", SKIPPED)
+@pytest.mark.parametrize("name", with_slow(SKIPPED))
 def test_skipped_sublayer_equals_module_without_it(name: str) -> None:
     module, program = captured(name)
     path = SKIPPED[name]
