@@ -62,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let the draft guess tokens that gains most behind the calibration text",
     )
+    optimize.add_argument(
+        "--kv-window",
+        type=_positive,
+        metavar="N",
+        help="keep of each head the newest N tokens and the first 4; with --budget, of as many heads as it allows",
+    )
     optimize.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, with what was calibrated")
     optimize.add_argument("--save", type=Path, metavar="DIR", help="write the executable, for `skipstone generate DIR`")
     optimize.add_argument(
@@ -190,7 +196,7 @@ def describe(model: Any) -> str:
 
 def _optimize(arguments: argparse.Namespace) -> None:
     from skipstone.budget import Budget
-    from skipstone.find import find_self_speculate
+    from skipstone.find import find_compress_kv, find_self_speculate
     from skipstone.optimize import optimize
     from skipstone.runtime.artifact.store import check_free
 
@@ -220,6 +226,9 @@ def _optimize(arguments: argparse.Namespace) -> None:
         calibration = _calibration(arguments.calibration, tokenizer, model)
     if arguments.prompt is not None:
         tokens = _tokens(arguments.prompt, tokenizer).to(model.device)
+    if arguments.kv_window and budget:
+        assert calibration is not None
+        plan = _with_heads(plan, find_compress_kv(model, calibration, budget, window=arguments.kv_window))
     if arguments.find_draft:
         options = {"target": arguments.target, "threads": arguments.threads, "progress": True}
         assert calibration is not None
@@ -308,6 +317,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> Any:
     """The plan that the options spell, or None."""
+    from skipstone.passes.compress_kv import CompressKV
     from skipstone.passes.quantize_kv import QuantizeKV
     from skipstone.passes.quantize_weights import QuantizeWeights
     from skipstone.passes.skip_sublayers import SkipSublayers
@@ -318,6 +328,8 @@ def _plan(arguments: argparse.Namespace) -> Any:
     if arguments.weights:
         bits, activations = arguments.weights
         entries.append(QuantizeWeights(bits, activations=activations))
+    if getattr(arguments, "kv_window", None):  # not of exports
+        entries.append(CompressKV(arguments.kv_window))
     if arguments.kv:
         name, granularity = arguments.kv
         entries.append(QuantizeKV(k=name, v=name, granularity=granularity))
@@ -325,8 +337,17 @@ def _plan(arguments: argparse.Namespace) -> Any:
         return Plan.load(arguments.plan) if arguments.plan else None
     if arguments.plan:
         hint = "Put the sublayers to skip and the formats into the plan."
-        raise InvalidPlan("--plan excludes --skip-..., --weights and --kv.", hint=hint)
+        raise InvalidPlan("--plan excludes --skip-..., --weights, --kv and --kv-window.", hint=hint)
     return Plan(entries)
+
+
+def _with_heads(plan: Any, found: Any) -> Any:
+    """The plan with the heads that were found to do with a window, in place of all heads."""
+    from skipstone.passes.compress_kv import CompressKV
+    from skipstone.plan import Plan
+
+    others = [entry for entry in plan if not isinstance(entry, CompressKV)]
+    return Plan.of([*others, *found])
 
 
 def _calibration(path: Path, tokenizer: Any, model: Any) -> Any:

@@ -1,0 +1,96 @@
+"""Windows of keys and values on every architecture that generates through a cache.
+
+The oracle is the same program without a cache, whose attentions get the mask that the plan means: it knows nothing of
+rings, splits and steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from skipstone.ir.capture.huggingface import capture_huggingface
+from skipstone.ir.capture.validate import relative_difference
+from skipstone.ir.dialect import ATTENTION, CACHED_ATTENTION, WINDOWED_ATTENTION, attention_reference
+from skipstone.ir.program import Program, Role
+from skipstone.ir.statistics import sites
+from skipstone.ir.stream import note_layers
+from skipstone.passes.compress_kv import CompressKV, StreamingHeads
+from skipstone.plan import Plan
+from skipstone.rewrite import rewrite
+from skipstone.runtime.eager import EagerSession
+from skipstone.runtime.executable import TokenModel
+from tests.tiny_models import tiny_model, tokens
+from tests.zoo import CACHED
+
+SAMPLE = ("llama", "gemma3_text", "deepseek_v3")
+LENGTH, PROMPT = 30, 17
+WINDOW, SINKS = 6, 2
+
+
+class Masked(fx.Interpreter):
+    """A program without a cache; heads that are to see a window, by layer, and all of the layers that are not named."""
+
+    def __init__(self, program: Program, streaming: dict[int, tuple[int, ...]]) -> None:
+        super().__init__(program.module)
+        self.streaming, self.known = streaming, sites(program)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is not ATTENTION or n.kwargs["kind"] != "causal" or n not in self.known:
+            return super().run_node(n)
+        (q, k, v, *others), options = self.fetch_args_kwargs_from_env(n)
+        rows = torch.arange(q.shape[2])
+        ahead = rows[:, None] - rows
+        seen = (ahead < WINDOW) | (rows < SINKS)
+        mask = torch.ones(q.shape[1], *ahead.shape, dtype=torch.bool)
+        for head in self.streaming.get(n.meta["layer"], range(k.shape[1])):
+            group = q.shape[1] // k.shape[1]
+            mask[head * group : (head + 1) * group] = seen
+        mask = mask if not others or others[0] is None else mask & others[0]
+        return attention_reference(q, k, v, mask, *others[1:], **options)
+
+
+@torch.no_grad()
+def assert_windows(name: str) -> None:
+    ids, source = tokens(2, LENGTH), capture_huggingface(tiny_model(name))
+    note_layers(source)
+    heads = {
+        node.meta["layer"]: (int(node.args[1].meta["val"].shape[1]) - 1,)  # type: ignore[union-attr]
+        for node in sites(source)
+    }
+    last = max(heads)
+    chosen = {layer: (own if layer == last else tuple(range(own[0] + 1))) for layer, own in heads.items()}
+    streaming = tuple(StreamingHeads(layer, own) for layer, own in chosen.items())
+    for entry, masks in ((CompressKV(WINDOW, SINKS), {}), (CompressKV(WINDOW, SINKS, streaming), chosen)):
+        program, _ = rewrite(source.copy(), Plan([entry]), target="eager")
+        kinds = [node.kwargs["kind"] for node in program.nodes(CACHED_ATTENTION)]
+        assert any(True for _ in program.nodes(WINDOWED_ATTENTION))
+        assert set(kinds) <= ({"causal"} if masks else set()), kinds
+        wanted = _uncached(source, masks, ids)
+        opt = TokenModel(EagerSession(program))
+        cache = opt.new_cache(*ids.shape)
+        found = [opt.decode(ids[:, :PROMPT], cache)]
+        found += [opt.decode(ids[:, [at]], cache) for at in range(PROMPT, LENGTH)]
+        assert relative_difference(torch.cat(found, dim=1), wanted) < 1e-4
+
+
+def _uncached(program: Program, masks: dict[int, tuple[int, ...]], ids: Tensor) -> Tensor:
+    positions = (torch.arange(ids.shape[1]) + program.source.first_position).expand(ids.shape)
+    values = {Role.TOKENS: ids, Role.POSITIONS: positions}
+    results = Masked(program, masks).run(*(values[port.role] for port in program.inputs))
+    logits: Tensor = results[[port.role for port in program.outputs].index(Role.LOGITS)]
+    return logits
+
+
+@pytest.mark.parametrize("name", [SAMPLE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SAMPLE[1:])])
+def test_a_sample_of_architectures(name: str) -> None:
+    assert_windows(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CACHED if name not in SAMPLE])
+def test_every_architecture_with_a_cache(name: str) -> None:
+    assert_windows(name)
