@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from skipstone.budget import Budget
 from skipstone.cli import main
 from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.errors import InternalError, Unsupported, UserError
 from skipstone.ir.program import Program
+from skipstone.passes.compress_kv import CompressKV, StreamingHeads
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.quantize_weights import QuantizeWeights
 from skipstone.passes.self_speculate import SelfSpeculate
@@ -344,6 +346,35 @@ def test_a_draft_is_found_and_told_of(capsys, checkpoint: str, tmp_path: Path, m
     code, out, _ = run(capsys, "optimize", checkpoint, *options, "--prompt", "a b", "--max-new-tokens", "5")
     assert code == 0 and re.search(r"\d steps, \d of \d drafted tokens accepted", out)
     assert asked == [1, Plan([SkipSublayers(ffn=(1,))]), "eager", None]
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_heads_that_see_a_window_are_those_that_a_budget_allows(
+    capsys, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[object] = []
+    found = CompressKV(9, streaming=(StreamingHeads(1, (0,)),))
+
+    def find(_model: object, calibration: list[object], budget: object, **options: object) -> Plan:
+        asked.extend([len(calibration), budget, options])
+        return Plan([found])
+
+    def carry_out(_model: object, plan: Plan, **_options: object) -> None:
+        asked.append(plan.entries)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skipstone.find.find_compress_kv", find)
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "optimize", carry_out)
+    text = tmp_path / "text"
+    text.write_text("some text to choose heads on")
+    options = ("optimize", checkpoint, "--kv-window", "9", "--skip-ffn", "1")
+    run(capsys, *options)
+    run(capsys, *options, "--calibration", str(text), "--budget", "kl=0.5")
+    assert asked == [
+        (SkipSublayers(ffn=(1,)), CompressKV(9)),
+        1, Budget(kl=0.5), {"window": 9},
+        (SkipSublayers(ffn=(1,)), found),
+    ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("captured_once")
