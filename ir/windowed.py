@@ -102,6 +102,8 @@ def windowed_attention(
         the output [B, N, S, Dv], and both caches after the write.
     """
     torch._check(k.shape[2] <= STEP, lambda: f"a step of {k.shape[2]} tokens, more than {STEP}")
+    _check_rows(k_cache, window, first)
+    _check_rows(v_cache, window, first)
     options = {"scale": scale, "window": window, "first": first, "softcap": softcap}
     operands = (q, k, v, k_cache, v_cache, start, count, sinks)
     out, keys, values = windowed_attention_reference(*operands, **options)  # type: ignore[arg-type]
@@ -109,8 +111,15 @@ def windowed_attention(
 
 
 @windowed_attention.register_fake
-def _(q, k, v, k_cache, v_cache, *_operands, **_options):  # type: ignore[no-untyped-def]
+def _(q, k, v, k_cache, v_cache, *_operands, window, first=0, **_options):  # type: ignore[no-untyped-def]
+    _check_rows(k_cache, window, first)
+    _check_rows(v_cache, window, first)
     return q.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+def _check_rows(cache: Tensor, window: int, first: int) -> None:
+    found, rows = cache.shape[2], window_rows(window, first)
+    torch._check(found == rows, lambda: f"a cache of {found} rows, a window takes {rows}")
 
 
 WINDOWED_ATTENTION = torch.ops.skipstone.windowed_attention.default

@@ -89,6 +89,15 @@ def test_too_long_a_step_is_refused() -> None:
         WINDOWED_ATTENTION(x, x, x, cache, cache, start, start + STEP + 1, scale=1.0, window=4)
 
 
+def test_a_cache_of_another_size_is_refused() -> None:
+    x, cache = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, window_rows(4, 0), 8)
+    start = torch.zeros(1, dtype=torch.int64)
+    for device in ("cpu", "meta"):
+        operands = [each.to(device) for each in (x, x, x, cache, cache, start, start)]
+        with pytest.raises(RuntimeError, match=f"a cache of {STEP + 4} rows, a window takes {STEP + 7}"):
+            WINDOWED_ATTENTION(*operands, scale=1.0, window=4, first=3)
+
+
 def test_the_operator_is_registered_as_torch_wants_it() -> None:
     q, k = drawn(2, 3, HEADS, 0), drawn(2, 3, KV_HEADS, 1)
     cache = torch.zeros(2, KV_HEADS, window_rows(6, 2), WIDTH, dtype=torch.float64)
