@@ -62,6 +62,13 @@ MASKED: dict[str, Form] = {
 
 NOT_RECOGNISED = ("under a bias", "twice")
 
+
+def twice_causal(q: Tensor, k: Tensor, v: Tensor, _mask: Tensor) -> Tensor:
+    """As GPT-Neo has it: filled where a query may not look, and the same hidden once more by a bias."""
+    seen, low = causal(q @ k.mT), torch.finfo(torch.float32).min
+    return (torch.where(seen, scores(q, k), low) + torch.where(seen, 0.0, low)).softmax(-1) @ v
+
+
 BROADCAST: dict[str, Form] = {
     "one head of keys and values": lambda q, k, v, m: scores(q, k[:, :1]).softmax(-1) @ v[:, :1],
     "one head of keys": lambda q, k, v, m: scores(q, k[:, :1]).softmax(-1) @ v,
@@ -105,6 +112,13 @@ def assert_equal(module: nn.Module, opt: Executable) -> None:
 def test_queries_without_keys(name: str) -> None:
     module, opt = optimized(MASKED[name])
     assert len(list(opt.program.nodes(ATTENTION))) == (name not in NOT_RECOGNISED)
+    assert_equal(module, opt)
+
+
+def test_a_bias_behind_a_number_is_causal_where_both_hide_what_comes_later() -> None:
+    module, opt = optimized(twice_causal)
+    (node,) = opt.program.nodes(ATTENTION)
+    assert node.kwargs["kind"] == "causal" and node.args[3:5] == (None, None)
     assert_equal(module, opt)
 
 

@@ -37,6 +37,8 @@ class _Match:
         masks: boolean nodes, true where a query may attend; `hides` holds those that are true where it may not.
         fill: what hidden logits become; where it is a number, a query that may attend to nothing sees all keys alike.
         biases: floating-point nodes that are added to the logits.
+        is_filled_before: whether a bias is added behind a mask that fills in a number: hidden keys are not alike then,
+            which a query that may attend to nothing would see.
         kind: causal if the operator itself says so.
     """
 
@@ -51,6 +53,12 @@ class _Match:
     hides: list[fx.Node] = field(default_factory=list)
     fill: float = -math.inf
     biases: list[fx.Node] = field(default_factory=list)
+    is_filled_before: bool = False
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether anything says what may be attended to, or is added to the logits."""
+        return bool(self.masks or self.hides or self.biases)
 
 
 def recognise_attention(program: Program, verbatim: bool = False) -> int:
@@ -76,6 +84,9 @@ def recognise_attention(program: Program, verbatim: bool = False) -> int:
         with provenance(program, "capture", like=node), program.graph.inserting_before(node):
             _write_out_broadcasts(program, match)
             if not _fits(match):
+                continue
+            # Of the kinds that follow from sizes, all let a query see itself.
+            if match.is_filled_before and (verbatim or _known_kind(program, match, kinds) is None):
                 continue
             new = _verbatim(program, match, slots) if verbatim else _attention(program, match, slots, kinds)
         node.replace_all_uses_with(new)
@@ -108,12 +119,8 @@ def _attention(
     k = call(aten.transpose.int, match.k, 2, 3) if match.k_transposed else match.k
     k, v = _ungrouped(k, match.v)
     kind, window = match.kind, 0
-    shown = (*match.masks, *match.biases)
-    if (shown or match.hides) and kind is Kind.BIDIRECTIONAL:
-        parts = (*shown, *match.hides)
-        if parts not in kinds:  # layers share their masks
-            kinds[parts] = classify_nodes(program, shown, match.hides)
-        known = kinds[parts]
+    if match.is_masked and kind is Kind.BIDIRECTIONAL:
+        known = _known_kind(program, match, kinds)
         if known is None:
             kind = Kind.EXPLICIT
         else:
@@ -124,6 +131,17 @@ def _attention(
         ATTENTION, match.q, k, v, mask, bias, scale=match.scale, kind=str(kind), window=window, softcap=match.softcap,
         slot=-1 if cross else next(slots),
     )  # fmt: skip
+
+
+def _known_kind(
+    program: Program, match: _Match, kinds: dict[tuple[fx.Node, ...], tuple[Kind, int] | None]
+) -> tuple[Kind, int] | None:
+    """The kind and window of the masks of a match, None where they follow from more than sizes; kept in `kinds`."""
+    shown = (*match.masks, *match.biases)
+    parts = (*shown, *match.hides)
+    if parts not in kinds:  # layers share their masks
+        kinds[parts] = classify_nodes(program, shown, match.hides)
+    return kinds[parts]
 
 
 def _write_out_broadcasts(program: Program, match: _Match) -> None:
@@ -228,7 +246,7 @@ def _from_softmax(program: Program, node: fx.Node) -> _Match | None:
 def _peel_masks(program: Program, logits: Any, match: _Match) -> Any:
     """Go back over masks and biases, and note them down.
 
-    It stops at a mask that fills in another value than one before, or one of which the biases behind it change.
+    It stops at a mask that fills in another value than one before.
     """
     while True:
         if _target(logits) is aten.add.Tensor and not logits.kwargs and isinstance(logits.args[1], fx.Node):
@@ -245,9 +263,10 @@ def _peel_masks(program: Program, logits: Any, match: _Match) -> Any:
             return logits
         fill = _number(program, value)
         is_first = not match.masks and not match.hides
-        if not fill <= HIDDEN or (fill != match.fill and not is_first) or (fill != -math.inf and match.biases):
+        if not fill <= HIDDEN or (fill != match.fill and not is_first):
             return logits
         match.fill = fill
+        match.is_filled_before = match.is_filled_before or (fill != -math.inf and bool(match.biases))
         noted.append(mask)
         logits = _through(source)
 
