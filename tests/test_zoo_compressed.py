@@ -34,7 +34,7 @@ WINDOW, SINKS = 6, 2
 class Masked(fx.Interpreter):
     """A program without a cache; heads that are to see a window, by layer, and all of the layers that are not named."""
 
-    def __init__(self, program: Program, streaming: dict[int, tuple[int, ...]]) -> None:
+    def __init__(self, program: Program, streaming: dict[Any, tuple[int, ...]]) -> None:
         super().__init__(program.module)
         self.streaming, self.known = streaming, sites(program)
 
@@ -46,7 +46,7 @@ class Masked(fx.Interpreter):
         ahead = rows[:, None] - rows
         seen = (ahead < WINDOW) | (rows < SINKS)
         mask = torch.ones(q.shape[1], *ahead.shape, dtype=torch.bool)
-        for head in self.streaming.get(n.meta["layer"], range(k.shape[1])):
+        for head in self.streaming.get(n.meta.get("layer"), range(k.shape[1])):
             group = q.shape[1] // k.shape[1]
             mask[head * group : (head + 1) * group] = seen
         mask = mask if not others or others[0] is None else mask & others[0]
