@@ -81,7 +81,8 @@ def choose_streaming_heads(
     note_layers(program)
     errors = head_errors(program, batches, window, sinks, progress)
     if not errors:
-        raise Unsupported(f"streaming heads in {program.source.name}: no attention of a layer sees all tokens before it")
+        name = program.source.name
+        raise Unsupported(f"streaming heads in {name}: no attention of a layer sees all tokens before it")
     order = sorted(errors, key=lambda head: (errors[head], head))
     best: StreamingFigures | None = None
     fits, exceeds = 0, len(order) + 1
