@@ -65,10 +65,11 @@ def quality(quick: bool) -> list[Row]:
     program = capture(model)
     note_layers(program)
     count = 8 if quick else PROVED_ON
-    text = _batches(program, "test", count)
+    text = _batches(program, "test", count, LENGTH)
     rows = []
     for window in KEPT[:1] if quick else KEPT:
-        errors = head_errors(program, _batches(program, "train", CHOSEN_ON // (4 if quick else 1)), window, SINKS)
+        chosen_on = _batches(program, "train", CHOSEN_ON // (4 if quick else 1), LENGTH)
+        errors = head_errors(program, chosen_on, window, SINKS)
         order = sorted(errors, key=lambda head: (errors[head], head))
         for share in SHARES:
             chosen = round(share * len(order))
@@ -81,11 +82,15 @@ def quality(quick: bool) -> list[Row]:
             rows.append(Row(f"dnll_{name}_random", statistics.median(costs), None, None, count))
             kept = (chosen * (window + SINKS) + (len(order) - chosen) * LENGTH) // len(order)
             rows.append(Row(f"dnll_{name}_uniform", _dnll(program, text, order, kept - SINKS), None, None, count))
+    if not quick:  # with the heads of the last window
+        beyond = _batches(program, "test", count, 2 * LENGTH)
+        costs = {share: _dnll(program, beyond, order[: round(share * len(order))], window) for share in SHARES}
+        rows += [Row(f"dnll_512_{window}_{100 * share:.0f}", cost, None, None, count) for share, cost in costs.items()]
     return rows
 
 
-def _batches(program: Program, split: Any, count: int) -> list[Batch]:
-    return joined(token_batches([windows(split, count, LENGTH)[:, :LENGTH]], program.source))
+def _batches(program: Program, split: Any, count: int, length: int) -> list[Batch]:
+    return joined(token_batches(list(windows(split, count, length)[:, :length].split(8)), program.source))
 
 
 def _dnll(program: Program, text: Sequence[Batch], heads: Sequence[Head], window: int) -> float:

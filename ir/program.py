@@ -371,7 +371,7 @@ def _fake_mode(values: Any) -> Any:
 
 @contextmanager
 def provenance(program: Program, by: str, like: fx.Node | None = None) -> Iterator[None]:
-    """Mark every node created inside as made by pass `by`; it takes its module path from `like`."""
+    """Mark every node created inside as made by pass `by`; what it does not say of itself it takes from `like`."""
     before = set(program.graph.nodes)
     yield
     for node in program.graph.nodes:
@@ -380,4 +380,5 @@ def provenance(program: Program, by: str, like: fx.Node | None = None) -> Iterat
             if like is not None and "nn_module_stack" not in node.meta:
                 node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
                 node.meta["stack_trace"] = like.meta.get("stack_trace", "")
-                node.meta |= {key: like.meta[key] for key in INHERITED if key in like.meta}
+                inherited = [key for key in INHERITED if key in like.meta and key not in node.meta]
+                node.meta |= {key: like.meta[key] for key in inherited}

@@ -131,9 +131,12 @@ class CompressKV(Pass):
         """How many of the newest and of the first tokens an attention sees; None for all of them."""
         if node.kwargs["kind"] == Kind.SLIDING and self._is_chosen(node):
             return int(node.kwargs["window"]), 0  # type: ignore[arg-type]
-        if self._streaming(node) and self.window is not None:
-            return self.window, self.sinks
-        return None
+        streaming = self._streaming(node)
+        if not streaming or self.window is None:
+            return None
+        if streaming != frozenset(heads_of(node)):
+            raise InternalError(f"{node.name} has heads that see a window beside others")
+        return self.window, self.sinks
 
     def check(self, program: Program) -> None:
         """See `Pass.check`."""

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 import skipstone
-from skipstone import CompressKV, Plan, QuantizeKV, QuantizeWeights, SelfSpeculate, SkipSublayers
+from skipstone import (
+    CompressKV,
+    FormatChoice,
+    Plan,
+    QuantizeKV,
+    QuantizeWeights,
+    SelfSpeculate,
+    SkipSublayers,
+    StreamingHeads,
+)
 from skipstone.errors import InvalidInput
 from skipstone.ir.capture.validate import relative_difference
 from skipstone.ir.dialect import CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION, WINDOWED_ATTENTION
@@ -277,6 +286,16 @@ def test_the_other_heads_can_be_quantized(target: str) -> None:
     assert difference(opt.decode(rows[:, STEP:], cache), found[:, STEP:]) < TOLERANCE
     refused = [each for each in opt.report.remarks if each.status is Status.REFUSED]
     assert len(refused) == 2 and all("compress_kv leaves in full precision" in each.why for each in refused)
+
+
+def test_heads_keep_their_numbers_where_formats_split_them_before() -> None:
+    finer = FormatChoice((0,), heads=(3,), k="int4", v="int4")
+    quantize = QuantizeKV(granularity="token", condition=False, choices=(finer,))
+    entry = CompressKV(window=9, streaming=(StreamingHeads(0, (1, 3)),))
+    program = optimized("mha", Plan([entry, quantize])).program
+    nodes = [*program.nodes(WINDOWED_ATTENTION, QUANTIZED_CACHED_ATTENTION)]
+    found = {(node.meta["layer"], node.meta.get("heads")): node.target is WINDOWED_ATTENTION for node in nodes}
+    assert found == {(0, (1,)): True, (0, (0, 2)): False, (0, (3,)): True, (1, None): False, (2, None): False}
 
 
 def test_layers_are_counted_as_in_the_model() -> None:

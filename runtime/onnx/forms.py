@@ -26,7 +26,6 @@ from skipstone.ir.dialect import (
     attention_reference,
     cached_attention_reference,
     key_bias_products,
-    query_key_products,
     weighted_values,
 )
 from skipstone.ir.formats import parse
@@ -269,7 +268,11 @@ class OnnxForms(fx.Interpreter):
             self.windows[key] = row_places(cache_rows, first, start, count, rows), hidden
         places, hidden = self.windows[key]
         keys, values = write_places(k_cache, k, places), write_places(v_cache, v, places)
-        logits = query_key_products(q * scale, keys)
+        batch, heads, _, width = q.shape
+        kv_heads = keys.shape[1]
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads * rows, width)
+        products = _products(grouped, keys, scale, (batch, kv_heads, heads // kv_heads * rows, cache_rows))
+        logits = products.reshape(batch, heads, rows, cache_rows)
         if softcap > 0:
             logits = softcap * torch.tanh(logits / softcap)
         weights = torch.softmax(logits + hidden, dim=-1)
@@ -292,15 +295,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Of a stack of weights [N, F, D], each one is for its own rows [N, rows, D].
     """
-    product = torch.onnx.ops.symbolic(
-        f"{MICROSOFT}::FusedMatMul",
-        (x, weight),
-        {"transB": 1},
-        dtype=x.dtype,
-        shape=(*x.shape[:-1], weight.shape[-2]),
-        version=1,
-    )
+    product = _products(x, weight, 1.0, (*x.shape[:-1], weight.shape[-2]))
     return product if bias is None else product + bias
+
+
+def _products(x: Tensor, y: Tensor, scale: float, shape: tuple[Any, ...]) -> Tensor:
+    """``scale * x @ y.mT``, of this shape, that reads y as it lies in memory."""
+    attributes: dict[str, Any] = {"transB": 1} | ({"alpha": scale} if scale != 1.0 else {})
+    return torch.onnx.ops.symbolic(
+        f"{MICROSOFT}::FusedMatMul", (x, y), attributes, dtype=x.dtype, shape=shape, version=1
+    )
 
 
 def _matmul_nbits(
