@@ -409,10 +409,11 @@ def kv_bytes_per_token(program: Program) -> int:
 
 
 def kv_bytes_fixed(program: Program) -> int:
-    """Bytes of keys and values that a sequence takes however long it is: those of windows."""
-    nodes = (node for node in program.nodes(WINDOWED_ATTENTION))
-    buffers = [buffer.meta["val"] for node in nodes for half in cache_operands(node) for buffer in half]
-    return sum(int(math.prod(each.shape[1:])) * each.element_size() for each in buffers)
+    """Bytes that a sequence takes in the cache however long it is: windows, and rows in full precision beside codes."""
+    placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
+    pairs = zip(program.inputs, placeholders, strict=True)
+    buffers = (node.meta["val"] for port, node in pairs if port.slot is not None)
+    return sum(math.prod(each.shape[1:]) * each.element_size() for each in buffers if isinstance(each.shape[2], int))
 
 
 def _critical_path(program: Program, chosen: set[fx.Node]) -> int:

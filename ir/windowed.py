@@ -44,6 +44,25 @@ def write_places(cache: Tensor, rows: Tensor, places: Tensor) -> Tensor:
     return cache.scatter(2, places[:, None, :, None].expand(rows.shape), rows.to(cache.dtype))
 
 
+def attend_to_window(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    count: Tensor,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    window: int,
+    first: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """What `windowed_attention` returns [B, N, S, Dv], from its caches once the rows are written."""
+    torch._check(q.shape[0] == keys.shape[0])  # else Inductor would compile it for one size of a batch
+    allowed = visible_rows(keys.shape[2], first, window, start, count, q.shape[2])
+    return attend(q, keys, values, allowed, None, sinks, scale, softcap)
+
+
 def windowed_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -64,8 +83,8 @@ def windowed_attention_reference(
     rows, cache_rows = k.shape[2], k_cache.shape[2]
     places = row_places(cache_rows, first, start, count, rows)
     keys, values = write_places(k_cache, k, places), write_places(v_cache, v, places)
-    allowed = visible_rows(cache_rows, first, window, start, count, rows)
-    return attend(q, keys, values, allowed, None, sinks, scale, softcap), keys, values
+    options = {"scale": scale, "window": window, "first": first, "softcap": softcap}
+    return attend_to_window(q, keys, values, start, count, sinks, **options), keys, values  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("skipstone::windowed_attention", mutates_args=())

@@ -204,8 +204,7 @@ def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any, row
         raise InvalidInput("the cache was made for another program.", hint="Use the cache that prefill() returned.")
     if cache.batch != tokens.shape[0]:
         raise InvalidInput(f"tokens of {tokens.shape[0]} sequences for a cache of {cache.batch}.")
-    limit = longest_step(layout)
-    if limit is not None and tokens.shape[1] > limit:
+    if tokens.shape[1] > STEP and (limit := longest_step(layout)) is not None:
         hint = "Call the executable, which reads them in several steps."
         raise InvalidInput(f"a step of {tokens.shape[1]} tokens, the cache takes {limit} at a time.", hint=hint)
     if not cache.has_room(rows):

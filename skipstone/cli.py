@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
 
     export = commands.add_parser("export", help="carry out a plan and write the model as ONNX")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=_export, kv_window=None)
     export.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on")
     export.add_argument("--format", default="onnx", help="onnx (optimum's names) or genai (for onnxruntime-genai, too)")
     export.add_argument("--opset", type=_positive, default=23, metavar="N", help="23, or higher by ONNX's converter")
@@ -328,7 +328,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     if arguments.weights:
         bits, activations = arguments.weights
         entries.append(QuantizeWeights(bits, activations=activations))
-    if getattr(arguments, "kv_window", None):  # not of exports
+    if arguments.kv_window:
         entries.append(CompressKV(arguments.kv_window))
     if arguments.kv:
         name, granularity = arguments.kv

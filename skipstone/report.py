@@ -333,7 +333,7 @@ class Report:
             )
             if before.kv_bytes_fixed or after.kv_bytes_fixed:
                 fixed = _pair(before.kv_bytes_fixed, after.kv_bytes_fixed, format_bytes)
-                table.add_row("keys and values of windows", *fixed)
+                table.add_row("keys and values, fixed", *fixed)
         first, second = self.timing_before, self.timing_after
         prompt, decode = "prefill", "decode, a token"
         if measured := second or first:

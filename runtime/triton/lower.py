@@ -29,7 +29,6 @@ from skipstone.ir.dialect import (
     WINDOWED_ATTENTION,
     WRITE_CACHE,
     WRITING_OPS,
-    attend,
     attention_reference,
     cache_operands,
     first_buffer,
@@ -39,7 +38,7 @@ from skipstone.ir.gates import gate_reference, skip_predicate_reference
 from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.quantized import quantized_cached_attention_
-from skipstone.ir.windowed import row_places, visible_rows
+from skipstone.ir.windowed import attend_to_window, row_places
 from skipstone.runtime.triton.experts import gathered_experts
 from skipstone.runtime.triton.products import gather, linear, matmul
 from skipstone.runtime.triton.rows import gather_products
@@ -155,7 +154,7 @@ def _twin(program: Program, node: fx.Node) -> fx.Node:
         for cache, rows in zip(buffers, (k, v), strict=True):
             program.call(_write_window, cache, rows, start, count, first)
         rest = {name: value for name, value in node.kwargs.items() if name != "slot"}
-        return program.call(_attend_to_window, q, *buffers, start, count, sinks, **rest)
+        return program.call(attend_to_window, q, *buffers, start, count, sinks, **rest)
     if node.target == CACHED_ATTENTION:
         q, k, v, _, _, start, bias, sinks, key_bias, frequencies = (*node.args, *[None] * 4)[:10]
         if bias is not None:
@@ -172,36 +171,19 @@ def _twin(program: Program, node: fx.Node) -> fx.Node:
 @has_side_effect
 def _write_rows(cache: Tensor, rows: Tensor, start: Tensor) -> None:
     """Write rows [B, KH, S, D] into a cache [B, KH, C, D] from row ``start[b]`` on."""
-    places = start.unsqueeze(1) + torch.arange(rows.shape[2], device=rows.device)
-    batch = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
-    cache.transpose(1, 2).index_put_((batch, places), rows.transpose(1, 2).to(cache.dtype))
+    _put(cache, rows, start.unsqueeze(1) + torch.arange(rows.shape[2], device=rows.device))
 
 
 @has_side_effect
 def _write_window(cache: Tensor, rows: Tensor, start: Tensor, count: Tensor, first: int) -> None:
     """Write rows [B, KH, S, D] into a cache of `windowed_attention`."""
-    places = row_places(cache.shape[2], first, start, count, rows.shape[2])
+    _put(cache, rows, row_places(cache.shape[2], first, start, count, rows.shape[2]))
+
+
+def _put(cache: Tensor, rows: Tensor, places: Tensor) -> None:
+    """Write rows [B, KH, S, D] to `places`, int64 [B, S], of a cache [B, KH, C, D]."""
     batch = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
     cache.transpose(1, 2).index_put_((batch, places), rows.transpose(1, 2).to(cache.dtype))
-
-
-def _attend_to_window(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    start: Tensor,
-    count: Tensor,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    window: int,
-    first: int = 0,
-    softcap: float = 0.0,
-) -> Tensor:
-    """What `windowed_attention` returns [B, N, S, Dv], once the rows are written."""
-    torch._check(q.shape[0] == keys.shape[0])  # else it would be compiled for one size of a batch
-    allowed = visible_rows(keys.shape[2], first, window, start, count, q.shape[2])
-    return attend(q, keys, values, allowed, None, sinks, scale, softcap)
 
 
 _PLAIN: Mapping[Any, Callable[..., Any]] = {
