@@ -412,7 +412,7 @@ def kv_bytes_fixed(program: Program) -> int:
     """Bytes that a sequence takes in the cache however long it is: windows, and rows in full precision beside codes."""
     placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
     pairs = zip(program.inputs, placeholders, strict=True)
-    buffers = (node.meta["val"] for port, node in pairs if port.slot is not None)
+    buffers = (node.meta["val"] for port, node in pairs if port.is_buffer)
     return sum(math.prod(each.shape[1:]) * each.element_size() for each in buffers if isinstance(each.shape[2], int))
 
 

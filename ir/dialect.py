@@ -33,6 +33,10 @@ from skipstone.ir.keeping import WRITE_CACHE as WRITE_CACHE
 from skipstone.ir.keeping import keep as keep
 from skipstone.ir.keeping import write_cache as write_cache
 from skipstone.ir.keeping import write_rows
+from skipstone.ir.kept_prompt import KEPT_START as KEPT_START
+from skipstone.ir.kept_prompt import PROMPT_SCORES as PROMPT_SCORES
+from skipstone.ir.kept_prompt import kept_start as kept_start
+from skipstone.ir.kept_prompt import prompt_scores as prompt_scores
 from skipstone.ir.matmul_nbits import MATMUL_NBITS as MATMUL_NBITS
 from skipstone.ir.matmul_nbits import matmul_nbits as matmul_nbits
 from skipstone.ir.predicated import PREDICATED_LINEAR as PREDICATED_LINEAR
@@ -213,6 +217,9 @@ CACHED_OPS = (CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION, WINDOWED_ATTENTION)
 ATTENTION_OPS = (ATTENTION, *CACHED_OPS)
 WRITING_OPS = (*CACHED_OPS, WRITE_CACHE)
 
+START_PLACE = 5
+"""Which operand of `CACHED_OPS` is the cache row that the new tokens are written from on."""
+
 
 def key_bias_of(node: fx.Node) -> Any:
     """The `key_bias` operand of one of `ATTENTION_OPS`, None where it has none."""
@@ -226,6 +233,12 @@ def cache_operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     place = 2 if node.target == WRITE_CACHE else 3
     keys, values = (list(each) if isinstance(each, list | tuple) else [each] for each in node.args[place : place + 2])
     return keys, values  # type: ignore[return-value]
+
+
+def kept_rows(node: fx.Node) -> int:
+    """The most rows of a prompt that the cache of one of `CACHED_OPS` holds, 0 for all of them."""
+    start: Any = node.args[START_PLACE]
+    return int(start.kwargs["rows"]) if start.target == KEPT_START else 0
 
 
 def first_buffer(node: fx.Node) -> int:

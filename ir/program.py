@@ -36,6 +36,7 @@ class Role(StrEnum):
     CACHE_KEY = "cache_key"  # [B, KH, rows, width], one part of the keys of one slot
     CACHE_VALUE = "cache_value"  # [B, KH, rows, width], one part of the values of one slot
     CHOICE = "choice"  # int64 [B], which continuation goes on with each sequence
+    PROMPT_SCORES = "prompt_scores"  # float [B, KH, S], how much each row of one slot is worth keeping
     LOGITS = "logits"  # float [B, S or R, vocabulary]
     TENSOR = "tensor"  # anything else, known by its name alone
 
@@ -47,7 +48,7 @@ class Port:
     Attributes:
         name: the placeholder's name, or the output's key.
         role: what it means.
-        slot: the cache slot that it belongs to, for the cache roles.
+        slot: the cache slot that it belongs to, for the cache roles and the scores of its rows.
         part: which buffer of the cached keys or values it is, see `skipstone.ir.quantized.CachePart`.
     """
 
@@ -55,6 +56,11 @@ class Port:
     role: Role
     slot: int | None = None
     part: str = "codes"
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer of the cache."""
+        return self.role in (Role.CACHE_KEY, Role.CACHE_VALUE)
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,14 @@ class CacheFormat:
         first: tokens at the beginning of the sequence that are read in full precision (attention sinks).
         window: the newest tokens that are kept at all, beside the first ones; 0 for all tokens. See
             `skipstone.ir.windowed`.
+        prompt_rows: the most rows that are kept of a prompt, 0 for all. See `skipstone.ir.kept_prompt`.
     """
 
     format: Format
     residual: int = 0
     first: int = 0
     window: int = 0
+    prompt_rows: int = 0
 
     @property
     def ring_rows(self) -> int:
@@ -89,6 +91,10 @@ class CacheFormat:
         if self.first:
             parts.append(CachePart("first", dtype, width, fixed_rows=self.first))
         return tuple(parts)
+
+    def dropped(self, prompt: Tensor) -> Tensor:
+        """How many rows of prompts of these lengths (integers) are not kept."""
+        return (prompt - self.prompt_rows).clamp(min=0) if self.prompt_rows else torch.zeros_like(prompt)
 
     def quantized_until(self, lengths: Tensor) -> Tensor:
         """How many rows a query reads from the codes, where its own row is the last of `lengths` (integers)."""

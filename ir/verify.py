@@ -56,6 +56,7 @@ REQUIRED: dict[Role, tuple[int | None, tuple[torch.dtype, ...]]] = {
     Role.CACHE_KEY: (4, CODES),
     Role.CACHE_VALUE: (4, CODES),
     Role.CHOICE: (1, INT64),
+    Role.PROMPT_SCORES: (3, FLOATS),
     Role.LOGITS: (None, FLOATS),
 }
 
@@ -140,7 +141,7 @@ def _ports_agree(program: Program) -> Iterator[Violation]:
 
 def _port_type(port: Port, node: fx.Node) -> Iterator[Violation]:
     """What is wrong with the type of the node at a port."""
-    if (port.slot is not None) != (port.role in (Role.CACHE_KEY, Role.CACHE_VALUE)):
+    if (port.slot is not None) != (port.is_buffer or port.role == Role.PROMPT_SCORES):
         yield node, f"port {port.name!r} of role {port.role} has slot {port.slot}"
     if port.role not in REQUIRED:
         return
@@ -165,7 +166,7 @@ def _slots_written_once(program: Program) -> Iterator[Violation]:
         if slot not in slots:
             yield chain[0], f"writes slot {slot}, which no input holds"
     for port in (*program.inputs, *program.outputs):
-        if port.slot is not None:
+        if port.is_buffer and port.slot is not None:
             yield from _slot_port(program, port, writers.get(port.slot, []))
 
 
@@ -272,7 +273,7 @@ def _continues(program: Program) -> Iterator[Violation]:
     """What continues a program has no cache buffer that the program does not have."""
     for number, part in enumerate(program.continuations):
         for own, other in ((program.inputs, part.inputs), (program.outputs, part.outputs)):
-            buffers = [port for port in other if port.slot is not None and port not in own]
+            buffers = [port for port in other if port.is_buffer and port not in own]
             if buffers:
                 yield None, f"continuation {number} has the buffer {buffers[0].name}"
 
@@ -296,7 +297,7 @@ def _cache_buffers(program: Program) -> dict[str, Any]:
     """The fake values of the cache buffers, by name."""
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     pairs = zip(program.inputs, placeholders, strict=True)
-    return {port.name: node.meta["val"] for port, node in pairs if port.slot is not None}
+    return {port.name: node.meta["val"] for port, node in pairs if port.is_buffer}
 
 
 RULES: dict[int, Callable[[Program], Iterator[Violation]]] = {

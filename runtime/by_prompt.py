@@ -49,9 +49,11 @@ class PromptSession:
             prompt = torch.where(whole.decode_start > 0, whole.decode_start - whole.lengths, count)
             if not torch.equal(count, prompt):
                 return self._step_beyond(prompt, tokens, positions, count, logit_rows, cache)
-            roles = (Role.LOGITS,) if len(self.continuations) == 1 else (Role.LOGITS, Role.CHOICE)
-            logits, *choice = self.prompts.step_roles(tokens, positions, count, logit_rows, whole, *roles)
-            cache.decide(choice[0] if choice else torch.zeros_like(count))
+            whole.decode_start = whole.lengths + prompt
+            roles = (Role.LOGITS, Role.CHOICE, Role.PROMPT_SCORES)
+            logits, *others = self.prompts.step_roles(tokens, positions, count, logit_rows, whole, *roles)
+            choice = others.pop(0) if len(self.continuations) > 1 else torch.zeros_like(count)
+            cache.decide(choice, self._by_buffer(others))
             return logits
         inputs = tokens, positions, count, logit_rows
         if len(cache.groups) == 1:
@@ -64,6 +66,13 @@ class PromptSession:
         rows = torch.cat([group.rows for group in cache.groups.values()])
         together = torch.cat(parts)
         return torch.empty_like(together).index_copy_(0, rows, together)
+
+    def _by_buffer(self, scores: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The scores of the rows of each slot, in the order in which the program returns them, by buffer."""
+        slots = [port.slot for port in self.program.outputs if port.role == Role.PROMPT_SCORES]
+        by_slot = dict(zip(slots, scores, strict=True))
+        buffers = [port for port in self.program.inputs if port.is_buffer and port.slot in by_slot]
+        return {port.name: by_slot[port.slot] for port in buffers}
 
     def _step_beyond(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 from skipstone.ir.errors import ArtifactError, InvalidInput
 from skipstone.ir.quantized import CacheFormat, CachePart
 
-FORMAT = "skipstone.cache/2"
+FORMAT = "skipstone.cache/3"
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,11 @@ class CacheBuffer:
 
     def allocate(self, batch: int, capacity: int, device: torch.device | str) -> Tensor:
         """Zeros [B, KH, rows, width]; not empty memory, since a masked NaN still poisons a weighted sum."""
-        shape = (batch, self.heads, self.part.rows(capacity), self.part.width)
-        return torch.zeros(shape, dtype=self.part.dtype, device=device)
+        return torch.zeros(self.shape(batch, capacity), dtype=self.part.dtype, device=device)
+
+    def shape(self, batch: int, capacity: int) -> torch.Size:
+        """[B, KH, rows, width] with room for `capacity` tokens."""
+        return torch.Size((batch, self.heads, self.part.rows(capacity), self.part.width))
 
 
 class Cache(ABC):
@@ -233,10 +236,9 @@ class KVCache(Cache):
             return
         for each in self.layout:
             old = self.buffers[each.name]
-            if each.part.rows(capacity) > old.shape[2]:
-                new = each.allocate(self.batch, capacity, old.device)
-                new[:, :, : old.shape[2]] = old
-                self.buffers[each.name] = new
+            more = each.part.rows(capacity) - each.part.rows(self.capacity)
+            if more > 0:
+                self.buffers[each.name] = torch.cat([old, old.new_zeros((*old.shape[:2], more, old.shape[3]))], dim=2)
         self.capacity = capacity
 
     def crop(self, lengths: Tensor | int) -> None:
@@ -252,6 +254,12 @@ class KVCache(Cache):
                     f"the last {form.ring_rows} {'alone' if form.window else 'in full precision'}.",
                     hint="Crop by fewer tokens, or read the shorter prompt again.",
                 )
+        if self._is_compressed and bool(((wanted < self.decode_start) & (self._dropped() > 0)).any()):
+            raise InvalidInput(
+                f"crop to {wanted.tolist()} rows of a cache that keeps some rows alone of prompts of "
+                f"{self.decode_start.tolist()}.",
+                hint="Read the shorter prompt again.",
+            )
         self.lengths = wanted
         self.decode_start = torch.minimum(self.decode_start, wanted)
         self._reached = torch.where(unused, wanted, self._reached)
@@ -269,13 +277,48 @@ class KVCache(Cache):
         self.layout = tuple(layout)
         self.buffers = {each.name: self.buffers[each.name] for each in layout}
 
+    def compress_prompts(self, scores: Mapping[str, Tensor]) -> None:
+        """Keep the rows of prompts that score best, in their order, in buffers that hold no more of a prompt.
+
+        It stands between the reading of prompts, whose lengths are `decode_start`, and the first step behind them.
+
+        Args:
+            scores: by name of the buffer, [B, KH, S], -infinity where a sequence has no row.
+        """
+        if not self._is_compressed or not bool(self._dropped().any()):
+            return
+        capacity = self.capacity - self._dropped_by_all()
+        for each in self.layout:
+            if kept := each.form.prompt_rows:
+                ranked = scores[each.name].argsort(dim=-1, descending=True, stable=True)
+                rows = ranked[..., :kept].sort(dim=-1).values.unsqueeze(-1)
+                old = self.buffers[each.name]
+                new = each.allocate(self.batch, capacity, old.device)
+                new[:, :, :kept] = old.gather(2, rows.expand(*rows.shape[:3], old.shape[3]))
+                self.buffers[each.name] = new
+
+    @property
+    def _is_compressed(self) -> bool:
+        """Whether some buffer need not hold all of a prompt."""
+        return any(each.form.prompt_rows for each in self.layout)
+
+    def _dropped(self) -> Tensor:
+        """int64 [B]: the most rows of its prompt that a sequence is without in some buffer."""
+        forms = {each.form for each in self.layout}
+        return torch.stack([form.dropped(self.decode_start) for form in forms]).amax(dim=0)
+
+    def _dropped_by_all(self) -> int:
+        """How many rows no sequence has in any of the buffers that would have them."""
+        forms = {each.form for each in self.layout if each.part.fixed_rows is None}
+        return min((int(form.dropped(self.decode_start).min()) for form in forms), default=0)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """See `Cache.save`."""
         write_tensors(path, self.tensors(), description(self.layout))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has to be saved, by name."""
-        longest = max(1, int(self.lengths.max()))
+        longest = max(1, int(self.lengths.max())) - self._dropped_by_all()
         kept = {}
         for each in self.layout:
             kept[each.name] = self.buffers[each.name][:, :, : each.part.rows(longest)].contiguous()
@@ -303,13 +346,14 @@ class KVCache(Cache):
         counts = all(each.dtype == torch.int64 and each.shape == (len(lengths),) for each in counted)
         if not counts or len(lengths) == 0 or int(torch.stack(counted).min()) < 0 or bool((reached < lengths).any()):
             raise ArtifactError(f"{name} is damaged: its lengths are not those of a cache.")
-        cache = cls.allocate(layout, len(lengths), max(1, int(lengths.max())), lengths.device)
-        expected, found = (
-            {name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (cache.buffers, buffers)
-        )
-        if found != expected:
+        cache = cls(layout, buffers, lengths, max(1, int(lengths.max())))
+        cache._reached, cache.decode_start = reached, decode_start
+        if cache._is_compressed and bool((decode_start > lengths).any()):
+            raise ArtifactError(f"{name} is damaged: its prompts are longer than its sequences.")
+        capacity = cache.capacity - cache._dropped_by_all()
+        expected = {each.name: (each.shape(len(lengths), capacity), each.part.dtype) for each in cache.layout}
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in buffers.items()} != expected:
             raise ArtifactError(f"{name} is damaged: its tensors are not those of a cache.")
-        cache.buffers, cache.lengths, cache._reached, cache.decode_start = buffers, lengths, reached, decode_start
         return cache
 
 

@@ -510,12 +510,16 @@ class TokenModel(Executable):
         return capacity if self.limit is None else min(capacity, self.limit)
 
 
+_OF_DECODERS = {Role.LOGITS, Role.CHOICE, Role.PROMPT_SCORES, Role.CACHE_KEY, Role.CACHE_VALUE}
+"""What a causal language model returns."""
+
+
 def is_causal_lm(program: Program) -> bool:
     """Whether a program turns tokens into the logits of the next ones, and returns nothing besides."""
     inputs, outputs = ({port.role for port in ports} for ports in (program.inputs, program.outputs))
     if Role.TOKENS not in inputs or Role.PADDING in inputs:
         return False
-    if Role.LOGITS not in outputs or outputs - {Role.LOGITS, Role.CHOICE, Role.CACHE_KEY, Role.CACHE_VALUE}:
+    if Role.LOGITS not in outputs or outputs - _OF_DECODERS:
         return False
     logits = program.output(Role.LOGITS)
     return not sees_ahead(program) and logits is not None and logits.meta["val"].dim() == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,8 @@ class Group:
 class GroupedCache(Cache):
     """A cache that falls apart into one for each continuation as soon as the prompts are read (`decide`).
 
-    A sequence stays with its continuation, however far it is cropped: buffers that this one does without are gone.
+    A sequence stays with its continuation, however far it is cropped: buffers that this one does without are gone, and
+    so are the rows of prompts that it does not keep.
 
     Attributes:
         layouts: the buffers of each continuation.
@@ -94,11 +95,12 @@ class GroupedCache(Cache):
         """Values [B] of the batch as values [N] of one of its groups."""
         return values if len(self.groups) == 1 else values[group.rows]
 
-    def decide(self, choice: Tensor) -> None:
-        """Give each sequence to its continuation, and free the buffers that this one does without.
+    def decide(self, choice: Tensor, scores: Mapping[str, Tensor]) -> None:
+        """Give each sequence to its continuation, and free the buffers, and the rows, that this one does without.
 
         Args:
             choice: int64 [B]; every sequence is undecided.
+            scores: see `KVCache.compress_prompts`.
         """
         whole = self.groups.pop(UNDECIDED).cache
         for number in choice.unique().tolist():
@@ -107,6 +109,7 @@ class GroupedCache(Cache):
             cache.keep(self.layouts[number])
             if len(rows) < whole.batch:
                 cache.select(rows)
+            cache.compress_prompts({name: each[rows] for name, each in scores.items()})
             self.groups[number] = Group(rows, cache)
 
     def advance(self, counts: Tensor) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, fx
 
-from skipstone.ir.dialect import CACHED_OPS, WINDOWED_ATTENTION, cache_operands
+from skipstone.ir.dialect import CACHED_OPS, WINDOWED_ATTENTION, cache_operands, kept_rows
 from skipstone.ir.errors import InvalidInput
 from skipstone.ir.formats import Full
 from skipstone.ir.program import Port, Program, Role
@@ -113,10 +114,10 @@ class ProgramSession(ABC):
     def step_roles(
         self, tokens: Tensor, positions: Tensor, count: Tensor, logit_rows: Tensor, cache: Any, *roles: Role
     ) -> tuple[Tensor, ...]:
-        """`step`, for the outputs of these roles."""
+        """`step`, for the outputs of these roles, in the order of the roles."""
         check_cache(self.layout, tokens, cache, tokens.shape[1])
         values = step_inputs(self.program, tokens, positions, count, logit_rows, cache)
-        names = [next(port.name for port in self.program.outputs if port.role == role) for role in roles]
+        names = [port.name for role in roles for port in self.program.outputs if port.role == role]
         outputs = self.step_outputs(values, cache, names)
         cache.stepped = tokens.shape[1]
         return outputs
@@ -148,7 +149,7 @@ def cache_layout(program: Program) -> tuple[CacheBuffer, ...]:
             forms |= dict.fromkeys(buffers, _form(node, option))
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     pairs = zip(program.inputs, placeholders, strict=True)
-    return tuple(_buffer(port, node.meta["val"], forms[node]) for port, node in pairs if port.slot is not None)
+    return tuple(_buffer(port, node.meta["val"], forms[node]) for port, node in pairs if port.is_buffer)
 
 
 def _form(node: fx.Node, option: str) -> CacheFormat:
@@ -156,7 +157,8 @@ def _form(node: fx.Node, option: str) -> CacheFormat:
     settings: Any = node.kwargs
     if node.target == WINDOWED_ATTENTION:
         return CacheFormat(Full(), first=settings.get("first", 0), window=settings["window"])
-    return cache_format(settings.get(option, "full"), settings.get("residual", 0), settings.get("first", 0))
+    form = cache_format(settings.get(option, "full"), settings.get("residual", 0), settings.get("first", 0))
+    return replace(form, prompt_rows=kept_rows(node))
 
 
 def longest_step(layout: Sequence[CacheBuffer]) -> int | None:
@@ -190,8 +192,8 @@ def step_inputs(
 
 def written_buffers(program: Program) -> dict[str, str]:
     """For each output of a program that replaces a cache buffer, the name of that buffer."""
-    names = {(port.role, port.slot, port.part): port.name for port in program.inputs if port.slot is not None}
-    return {port.name: names[port.role, port.slot, port.part] for port in program.outputs if port.slot is not None}
+    names = {(port.role, port.slot, port.part): port.name for port in program.inputs if port.is_buffer}
+    return {port.name: names[port.role, port.slot, port.part] for port in program.outputs if port.is_buffer}
 
 
 def check_cache(layout: tuple[CacheBuffer, ...], tokens: Tensor, cache: Any, rows: int) -> None:

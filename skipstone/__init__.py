@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from skipstone.optimize import optimize as optimize
     from skipstone.passes.compress_kv import CompressKV as CompressKV
     from skipstone.passes.compress_kv import StreamingHeads as StreamingHeads
+    from skipstone.passes.compress_prompt import CompressPrompt as CompressPrompt
     from skipstone.passes.fuse_parallel import FuseParallel as FuseParallel
     from skipstone.passes.layer_parallel import LayerParallel as LayerParallel
     from skipstone.passes.layer_parallel import Segment as Segment
@@ -52,6 +53,7 @@ _HOME = {
     "Budget": "skipstone.budget",
     "Certificate": "skipstone.budget",
     "CompressKV": "skipstone.passes.compress_kv",
+    "CompressPrompt": "skipstone.passes.compress_prompt",
     "Executable": "skipstone.runtime.executable",
     "FormatChoice": "skipstone.passes.quantize_kv",
     "FuseParallel": "skipstone.passes.fuse_parallel",

@@ -36,6 +36,7 @@ from skipstone.ir.stream import find_stream, note_layers
 from skipstone.passes.base import Remark, Status, run_pass
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.compress_kv import CompressKV
+from skipstone.passes.compress_prompt import CompressPrompt
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.predicate_ffn import PredicateFFN
@@ -59,6 +60,7 @@ _UNSEEN = {
     SkipByPrompt: "which tokens are a prompt, and which program read it",
     QuantizeKV: "the cache between two calls, whose format would change",
     CompressKV: "the cache between two calls, whose size would change",
+    CompressPrompt: "which tokens are a prompt, and the cache behind it",
     SelfSpeculate: "what is generated from call to call",
 }
 """Rewrites that need what a single call does not show."""

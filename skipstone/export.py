@@ -18,6 +18,7 @@ from skipstone.ir.errors import ArtifactError, InvalidInput, Unsupported
 from skipstone.ir.program import Program, Role
 from skipstone.optimize import Stages, cache_line, capture, carried_out, report_of
 from skipstone.passes.compress_kv import CompressKV
+from skipstone.passes.compress_prompt import CompressPrompt
 from skipstone.passes.self_speculate import SelfSpeculate
 from skipstone.plan import Plan
 from skipstone.report import Report
@@ -92,9 +93,10 @@ def export_onnx(
     plan = Plan([]) if plan is None else plan
     refuse_unusable(model)
     check_plan(plan, TARGET, calibration is not None)
-    if any(isinstance(entry, CompressKV) for entry in plan):
-        feature = f"{CompressKV.name} in an ONNX model, whose loaders give caches a row for each token"
-        raise Unsupported(feature, hint="Leave it out; skipstone.optimize(...).save(...) keeps the windows.")
+    for entry in plan:
+        if isinstance(entry, CompressKV | CompressPrompt):
+            feature = f"{entry.name} in an ONNX model, whose loaders give caches a row for each token"
+            raise Unsupported(feature, hint="Leave it out; skipstone.optimize(...).save(...) keeps it.")
     if any(isinstance(entry, SelfSpeculate) for entry in plan):
         hint = "Leave it out; skipstone.optimize(...).save(...) keeps the draft."
         raise Unsupported(f"{SelfSpeculate.name} in an ONNX model, which has no loop over tokens", hint=hint)

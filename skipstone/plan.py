@@ -28,6 +28,7 @@ from skipstone.budget import Certificate
 from skipstone.ir.errors import ArtifactError, InvalidPlan
 from skipstone.passes.base import Pass
 from skipstone.passes.compress_kv import CompressKV
+from skipstone.passes.compress_prompt import CompressPrompt
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.quantize_kv import QuantizeKV
@@ -51,6 +52,7 @@ ENTRIES: tuple[type[Pass], ...] = (
     SkipFFNAdaptive,
     CompressKV,
     QuantizeKV,
+    CompressPrompt,
     SelfSpeculate,
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,10 +13,11 @@ from skipstone.ir.errors import InvalidPlan, Unsupported, UserError
 from skipstone.ir.printer import readable
 from skipstone.ir.program import Draft, Program, Record
 from skipstone.ir.stream import note_layers
-from skipstone.passes.base import Pipeline, Remark, Status, run_pass
+from skipstone.passes.base import Pass, Pipeline, Remark, Status, run_pass
 from skipstone.passes.cast import CastToFloat32
 from skipstone.passes.cleanup import Cleanup
 from skipstone.passes.compress_kv import CompressKV
+from skipstone.passes.compress_prompt import CompressPrompt
 from skipstone.passes.condition_kv import ConditionKV, Rewrite
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.kv_cache import InsertKVCache
@@ -29,7 +30,7 @@ from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.passes.skip_ffn_adaptive import SkipFFNAdaptive
 from skipstone.plan import Plan
 
-BEHIND_CACHE = (QuantizeWeights, SkipByPrompt, SkipFFNAdaptive, CompressKV, QuantizeKV)
+BEHIND_CACHE = (QuantizeWeights, SkipByPrompt, SkipFFNAdaptive, CompressKV, QuantizeKV, CompressPrompt)
 """Entries of a plan that work on programs with a cache; weights are quantized without one, too."""
 SIDE_BY_SIDE = (LayerParallel, FuseParallel)
 """Those that make attentions of their own, each of which then gets its slot."""
@@ -170,22 +171,32 @@ def check_plan(plan: Plan, target: str, calibrated: bool) -> None:
     if not isinstance(plan, Plan):
         raise UserError(f"plan is {type(plan).__name__}, expected skipstone.Plan.", hint="Use Plan.load(path).")
     for entry in plan:
-        if isinstance(entry, (CompressKV, LayerParallel, SkipByPrompt, SkipFFNAdaptive, SelfSpeculate)):
+        if isinstance(entry, (CompressKV, CompressPrompt, LayerParallel, SkipByPrompt, SkipFFNAdaptive, SelfSpeculate)):
             entry.validate()
-        if isinstance(entry, CompressKV) and any(isinstance(each, SkipByPrompt) for each in plan):
-            feature = f"{entry.name} together with skip_by_prompt, which reads prompts in one step"
-            raise Unsupported(feature, hint="Leave one of them out.")
+        _check_company(entry, plan)
         if isinstance(entry, SelfSpeculate):
-            if any(isinstance(each, SkipByPrompt) for each in plan):
-                hint = "Leave one of them out."
-                raise Unsupported(
-                    f"{entry.name} together with skip_by_prompt, which goes on by several programs", hint=hint
-                )
             check_plan(Plan.of(entry.entries(plan), tensors=plan.tensors), target, calibrated)
         if isinstance(entry, QuantizeWeights) and target == "triton":
             hint = "Use target='onnxruntime' on the CPU, or skipstone.export_onnx(model, directory, plan)."
             raise Unsupported(f"{entry.name} on the triton target", hint=hint)
     _check_quantization(plan, target, calibrated)
+
+
+_APART: Mapping[tuple[type[Pass], type[Pass]], str] = {
+    (CompressKV, SkipByPrompt): "which reads prompts in one step",
+    (CompressKV, CompressPrompt): "which reads prompts in one step",
+    (SelfSpeculate, SkipByPrompt): "which goes on by several programs",
+    (SelfSpeculate, CompressPrompt): "which goes on by another program",
+    (CompressPrompt, SkipByPrompt): "which goes on by programs of its own",
+}
+"""Entries that do not go together, and what of the second one the first cannot do with."""
+
+
+def _check_company(entry: Pass, plan: Plan) -> None:
+    """Refuse an entry beside others that it does not go together with."""
+    for (one, other), why in _APART.items():
+        if isinstance(entry, one) and any(isinstance(each, other) for each in plan):
+            raise Unsupported(f"{one.name} together with {other.name}, {why}", hint="Leave one of them out.")
 
 
 def check_model(plan: Plan, captured: Program) -> None:

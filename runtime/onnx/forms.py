@@ -15,8 +15,10 @@ from skipstone.ir.dialect import (
     CACHED_ATTENTION,
     EXPERTS,
     GATE,
+    KEPT_START,
     MATMUL_NBITS,
     PROMPT_MEAN,
+    PROMPT_SCORES,
     PROMPT_TURN,
     QUANTIZED_CACHED_ATTENTION,
     SKIP_PREDICATE,
@@ -30,6 +32,7 @@ from skipstone.ir.dialect import (
 )
 from skipstone.ir.formats import parse
 from skipstone.ir.keeping import write_cache_reference
+from skipstone.ir.kept_prompt import kept_start_reference, prompt_scores_reference
 from skipstone.ir.program import Program, Role
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.windowed import row_places, visible_rows, windowed_attention_reference, write_places
@@ -95,6 +98,10 @@ class OnnxForms(fx.Interpreter):
                 return prompt_turn_reference(*args)
             case _ if target == PROMPT_MEAN:
                 return prompt_mean_reference(*args)
+            case _ if target == PROMPT_SCORES:
+                return prompt_scores_reference(*args, **kwargs)
+            case _ if target == KEPT_START:
+                return kept_start_reference(*args, **kwargs)
             case _ if target == GATE:
                 return gates.symbol(*args)
         return super().call_function(target, args, kwargs)

@@ -107,7 +107,7 @@ _LENGTH = 4096
 def _caches(program: Program) -> list[Any]:
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     pairs = zip(program.inputs, placeholders, strict=True)
-    return [node.meta["val"] for port, node in pairs if port.slot is not None]
+    return [node.meta["val"] for port, node in pairs if port.is_buffer]
 
 
 def _shares_buffers(program: Program) -> bool:

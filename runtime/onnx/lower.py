@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,21 @@ def _export(program: Program, forms: type[OnnxForms]) -> ExportedProgram:
         {axis: Dim.AUTO for axis, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)} for fake in fakes
     )
     with torch.no_grad():
-        return torch.export.export(_Wrapper(program, forms), examples, dynamic_shapes=(axes,), strict=False)
+        exported = torch.export.export(_Wrapper(program, forms), examples, dynamic_shapes=(axes,), strict=False)
+    _check_sizes(exported, program, axes)
+    return exported
+
+
+def _check_sizes(exported: ExportedProgram, program: Program, axes: Sequence[Mapping[int, Any]]) -> None:
+    """Refuse a graph in which a size has become that of the example: it would be wrong for all others."""
+    names = exported.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    for name, port, own in zip(names, program.inputs, axes, strict=True):
+        for axis in own:
+            size = values[str(name)].shape[axis]
+            if isinstance(size, int) or size.node.expr.is_number:
+                feature = f"an operator in ONNX that works for size {size} in dimension {axis} of {port.name!r} alone"
+                raise Unsupported(feature, hint="Use target='eager'.")
 
 
 def _example(size: int | torch.SymInt) -> int:

@@ -23,8 +23,6 @@ IDLE = 2
 class Storage:
     """The buffers of a cache, by name, and the decode steps over them by the session that captured each."""
 
-    batch: int
-    capacity: int
     buffers: Mapping[str, Tensor]
     steps: dict[Any, Any] = field(default_factory=dict)
 
@@ -58,10 +56,10 @@ class Pool:
             InvalidInput: see `KVCache.allocate`.
         """
         capacity = -(-capacity // STEP) * STEP
-        storage = self._take(batch, capacity)
+        storage = self._take({each.name: each.shape(batch, capacity) for each in self.layout})
         if storage is None:
             cache = KVCache.allocate(self.layout, batch, capacity, self.device)
-            storage = Storage(batch, capacity, dict(cache.buffers))
+            storage = Storage(dict(cache.buffers))
         else:
             for buffer in storage.buffers.values():
                 buffer.zero_()
@@ -74,13 +72,13 @@ class Pool:
         """The storage of a cache. One that has new buffers, since it grew, moves to an idle storage or becomes one."""
         lease = cache.lease
         if not isinstance(lease, Lease) or not lease.covers(cache):
-            storage = self._take(cache.batch, cache.capacity)
+            storage = self._take({each.name: _roomy(each, cache.buffers[each.name]) for each in cache.layout})
             if storage is None:
-                storage = Storage(cache.batch, cache.capacity, dict(cache.buffers))
-            else:
-                for name, tensor in cache.buffers.items():
-                    storage.buffers[name].copy_(tensor)
-                cache.buffers = dict(storage.buffers)
+                storage = Storage({each.name: _with_room(each, cache.buffers[each.name]) for each in cache.layout})
+            for name, own in storage.buffers.items():
+                if own is not (tensor := cache.buffers[name]):
+                    own[:, :, : tensor.shape[2]] = tensor
+            cache.buffers = dict(storage.buffers)
             cache.lease = lease = self._lease(storage)
         return lease.storage
 
@@ -96,7 +94,7 @@ class Pool:
         """
         storage = self._beside(like)
         if storage is None:
-            storage = Storage(cache.batch, cache.capacity, dict(cache.buffers))
+            storage = Storage(dict(cache.buffers))
             self._held = [*self._held, (dict(like.buffers), storage)][-IDLE:]
         cache.lease = Lease(storage)
 
@@ -106,9 +104,10 @@ class Pool:
                 return storage
         return None
 
-    def _take(self, batch: int, capacity: int) -> Storage | None:
+    def _take(self, shapes: Mapping[str, torch.Size]) -> Storage | None:
+        """An idle storage whose buffers have these shapes."""
         for place, storage in enumerate(self._idle):
-            if (storage.batch, storage.capacity) == (batch, capacity):
+            if {name: tensor.shape for name, tensor in storage.buffers.items()} == shapes:
                 return self._idle.pop(place)
         return None
 
@@ -119,3 +118,17 @@ class Pool:
 
     def _give_back(self, storage: Storage) -> None:
         self._idle = [*self._idle, storage][-IDLE:]
+
+
+def _roomy(buffer: CacheBuffer, tensor: Tensor) -> torch.Size:
+    """The shape of a buffer with rows as those of new caches have: a prompt leaves as many as there is room for."""
+    if buffer.part.fixed_rows is not None:
+        return tensor.shape
+    step = buffer.part.rows(STEP)
+    return torch.Size((*tensor.shape[:2], -(-tensor.shape[2] // step) * step, tensor.shape[3]))
+
+
+def _with_room(buffer: CacheBuffer, tensor: Tensor) -> Tensor:
+    """The tensor itself if it has that shape, else zeros."""
+    shape = _roomy(buffer, tensor)
+    return tensor if tensor.shape == shape else tensor.new_zeros(shape)

@@ -22,8 +22,10 @@ from skipstone.ir.dialect import (
     CACHED_ATTENTION,
     EXPERTS,
     GATE,
+    KEPT_START,
     MATMUL_NBITS,
     PROMPT_MEAN,
+    PROMPT_SCORES,
     PROMPT_TURN,
     SKIP_PREDICATE,
     WINDOWED_ATTENTION,
@@ -35,6 +37,7 @@ from skipstone.ir.dialect import (
 )
 from skipstone.ir.errors import InternalError, Unsupported
 from skipstone.ir.gates import gate_reference, skip_predicate_reference
+from skipstone.ir.kept_prompt import kept_start_reference, prompt_scores_reference
 from skipstone.ir.program import Program, module_path
 from skipstone.ir.prompts import prompt_mean_reference, prompt_turn_reference
 from skipstone.ir.quantized import quantized_cached_attention_
@@ -192,5 +195,7 @@ _PLAIN: Mapping[Any, Callable[..., Any]] = {
     GATE: gate_reference,
     PROMPT_TURN: prompt_turn_reference,
     PROMPT_MEAN: prompt_mean_reference,
+    PROMPT_SCORES: prompt_scores_reference,
+    KEPT_START: kept_start_reference,
 }
 assert quantized_cached_attention_  # registers the twin
