@@ -24,6 +24,7 @@ from skipstone.ir.dialect import (
     WINDOWED_ATTENTION,
     WRITE_CACHE,
     cache_operands,
+    kept_rows,
 )
 from skipstone.ir.errors import UserError
 from skipstone.ir.formats import parse
@@ -402,10 +403,36 @@ def token_bytes(node: fx.Node) -> tuple[float, float]:
 
 def kv_bytes_per_token(program: Program) -> int:
     """Bytes of keys and values that each token of a sequence adds, over the cache slots; rounded up."""
+    return math.ceil(sum(size for _, size in _growing_slots(program)))
+
+
+def kv_bytes(program: Program, tokens: int, prompt: int) -> int:
+    """Bytes of keys and values of a sequence, of whose `tokens` the first `prompt` are its prompt.
+
+    Where several programs may go on with it, they are counted as if all of the prompt were kept.
+    """
+    behind = _behind_prompt(program)
+    rows = ((tokens - max(prompt - (kept_rows(node) or prompt), 0), size) for node, size in _growing_slots(behind))
+    return math.ceil(sum(number * size for number, size in rows)) + kv_bytes_fixed(behind)
+
+
+def kv_bytes_of_prompt(program: Program) -> int | None:
+    """The most bytes of keys and values that a prompt takes once it is read; None where they grow with it."""
+    slots = [(kept_rows(node), size) for node, size in _growing_slots(_behind_prompt(program))]
+    return math.ceil(sum(rows * size for rows, size in slots)) if slots and all(rows for rows, _ in slots) else None
+
+
+def _behind_prompt(program: Program) -> Program:
+    """What goes on with all sequences, where that is one program."""
+    return program.continuations[0] if len(program.continuations) == 1 else program
+
+
+def _growing_slots(program: Program) -> Iterator[tuple[fx.Node, float]]:
+    """The slots that grow with a sequence: the attention that writes each, and the bytes that a token takes in it."""
     writers = {node.kwargs.get("slot", -1): node for node in program.nodes(*ATTENTION_OPS)}
-    attentions = [node for slot, node in writers.items() if slot != -1 and node.target != WINDOWED_ATTENTION]
-    heads = ((node, int(node.args[1].meta["val"].shape[1])) for node in attentions)  # type: ignore[union-attr]
-    return math.ceil(sum(number * sum(token_bytes(node)) for node, number in heads))
+    for slot, node in writers.items():
+        if slot != -1 and node.target != WINDOWED_ATTENTION:
+            yield node, int(node.args[1].meta["val"].shape[1]) * sum(token_bytes(node))  # type: ignore[union-attr]
 
 
 def kv_bytes_fixed(program: Program) -> int:

@@ -236,9 +236,9 @@ def cache_operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def kept_rows(node: fx.Node) -> int:
-    """The most rows of a prompt that the cache of one of `CACHED_OPS` holds, 0 for all of them."""
-    start: Any = node.args[START_PLACE]
-    return int(start.kwargs["rows"]) if start.target == KEPT_START else 0
+    """The most rows of a prompt that the cache of one of `ATTENTION_OPS` holds, 0 for all of them."""
+    start: Any = node.args[START_PLACE] if node.target in CACHED_OPS else None
+    return int(start.kwargs["rows"]) if start is not None and start.target == KEPT_START else 0
 
 
 def first_buffer(node: fx.Node) -> int:

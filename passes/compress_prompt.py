@@ -86,16 +86,16 @@ class CompressPrompt(Pass):
         if (writer := shared_slot(program)) is not None:
             feature = f"{self.name} for a cache slot that several iterations write"
             raise Unsupported(feature, where=module_path(writer), hint="Take kv='iterate' in layer_parallel.")
+        for node, site in sites(program).items():
+            if self.layers and len(node.meta.get(ATTENTIONS, ())) > 1:
+                feature = f"{self.name} of some layers where attentions of several layers are one"
+                raise Unsupported(feature, where=site, hint="Compress all of them, or leave fuse_parallel out.")
         known = {node.meta.get("layer") for node in sites(program)}
         for layer in self.layers or ():
             if layer not in known:
                 numbers = [each for each in known if each is not None]
                 hint = f"The nearest is {min(numbers, key=lambda n: abs(n - layer))}." if numbers else ""
                 raise InvalidPlan(f"{self.name}: layer {layer} has no cached attention.", hint=hint)
-        for node, site in sites(program).items():
-            if self.layers and len(node.meta.get(ATTENTIONS, ())) > 1:
-                feature = f"{self.name} of some layers where attentions of several layers are one"
-                raise Unsupported(feature, where=site, hint="Compress all of them, or leave fuse_parallel out.")
 
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""

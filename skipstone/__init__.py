@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from skipstone.export import export_onnx as export_onnx
     from skipstone.find import find_adaptive_ffn as find_adaptive_ffn
     from skipstone.find import find_compress_kv as find_compress_kv
+    from skipstone.find import find_compress_prompt as find_compress_prompt
     from skipstone.find import find_layer_parallel as find_layer_parallel
     from skipstone.find import find_self_speculate as find_self_speculate
     from skipstone.find import find_skip_by_prompt as find_skip_by_prompt
@@ -74,6 +75,7 @@ _HOME = {
     "export_onnx": "skipstone.export",
     "find_adaptive_ffn": "skipstone.find",
     "find_compress_kv": "skipstone.find",
+    "find_compress_prompt": "skipstone.find",
     "find_layer_parallel": "skipstone.find",
     "find_self_speculate": "skipstone.find",
     "find_skip_by_prompt": "skipstone.find",

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from skipstone.budget import Budget, Certificate, Comparison, compare, data_hash
 from skipstone.calibrate import IGNORED, Batch, program_inputs
-from skipstone.ir.cost import kv_bytes_fixed, kv_bytes_per_token
-from skipstone.ir.errors import Unsupported, UserError
+from skipstone.ir.cost import kv_bytes
+from skipstone.ir.errors import InvalidInput, Unsupported, UserError
 from skipstone.ir.program import Program, Role
 from skipstone.ir.stream import find_stream, note_layers
 from skipstone.objective import check_labels
 from skipstone.passes.compress_kv import CompressKV
+from skipstone.passes.compress_prompt import CompressPrompt
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.plan import Plan
 from skipstone.report import measure
@@ -104,6 +105,8 @@ def within(
     Returns:
         the executable of a plan with its certificates, or that of the empty plan; `Report.budget` says which and why.
     """
+    for plan in plans:
+        refuse_untested(plan, batches)
     full = build(Plan([]))
     said = [] if plans else ["no sublayer can be skipped within it"]
     for plan in plans:
@@ -272,15 +275,40 @@ def speedup(full: Executable, changed: Executable, batches: Sequence[Batch]) -> 
 
 def _cache_saved(full: Executable, changed: Executable, plan: Plan, batches: Sequence[Batch]) -> str:
     """How much smaller a plan that is about the cache makes that of the longest sequence; "" if it does not."""
-    if not any(isinstance(entry, CompressKV | QuantizeKV) for entry in plan):
+    if not any(isinstance(entry, CompressKV | CompressPrompt | QuantizeKV) for entry in plan):
         return ""
-    longest = max(int(batch.valid.sum(dim=1).max()) for batch in batches)
-    before, after = (
-        longest * kv_bytes_per_token(each.program) + kv_bytes_fixed(each.program) for each in (full, changed)
-    )
-    return (
-        f"keys and values of {longest} tokens take {after / before:.1%} of the model's bytes" if after < before else ""
-    )
+    longest = max(_longest(batches))
+    prompt = (longest + 1) // 2 if changed.decides_in_decoding else 0
+    before, after = (kv_bytes(each.program, longest, prompt) for each in (full, changed))
+    if after >= before:
+        return ""
+    tokens = f"{longest} tokens" + (f", {prompt} of them a prompt," if prompt else "")
+    return f"keys and values of {tokens} take {after / before:.1%} of the model's bytes"
+
+
+def refuse_untested(plan: Plan, batches: Sequence[Batch]) -> None:
+    """Refuse a proof on sequences that are so short that a plan about the cache does nothing to them.
+
+    Raises:
+        InvalidInput: with the length that it takes.
+    """
+    longest = max(_longest(batches))
+    for entry in plan:
+        if isinstance(entry, CompressKV) and entry.window is not None and longest <= entry.window + entry.sinks:
+            seen, what = entry.window + entry.sinks, "streaming heads see"
+        elif isinstance(entry, CompressPrompt) and (longest + 1) // 2 <= entry.rows:
+            seen, what = 2 * entry.rows, "would be kept, the first half of each being its prompt"
+        else:
+            continue
+        raise InvalidInput(
+            f"{entry.name}: the longest sequence to prove the budget on has {longest} tokens, all of which {what}.",
+            hint=f"Give sequences of more than {seen} tokens, as long as the model will be used with.",
+        )
+
+
+def _longest(batches: Sequence[Batch]) -> list[int]:
+    """The longest sequence of each batch."""
+    return [int(batch.valid.sum(dim=1).max()) for batch in batches]
 
 
 def _name(plan: Plan) -> str:

@@ -19,6 +19,8 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 """As shells say it: 128 and the number of the signal."""
 WINDOWS, WINDOW = 64, 512
 """Calibration reads at most so many windows of a text, of so many tokens each."""
+AUTO = "auto"
+"""The number of rows that is to be found."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="keep of each head the newest N tokens and the first 4; with --budget, of as many heads as it allows",
     )
+    optimize.add_argument(
+        "--prompt-rows",
+        type=_rows,
+        metavar="N",
+        help="keep of each prompt the N most important tokens; with --budget, auto for as few as it allows",
+    )
     optimize.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, with what was calibrated")
     optimize.add_argument("--save", type=Path, metavar="DIR", help="write the executable, for `skipstone generate DIR`")
     optimize.add_argument(
@@ -97,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
 
     export = commands.add_parser("export", help="carry out a plan and write the model as ONNX")
-    export.set_defaults(run=_export, kv_window=None)
+    export.set_defaults(run=_export, kv_window=None, prompt_rows=None)
     export.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on")
     export.add_argument("--format", default="onnx", help="onnx (optimum's names) or genai (for onnxruntime-genai, too)")
     export.add_argument("--opset", type=_positive, default=23, metavar="N", help="23, or higher by ONNX's converter")
@@ -196,7 +204,7 @@ def describe(model: Any) -> str:
 
 def _optimize(arguments: argparse.Namespace) -> None:
     from skipstone.budget import Budget
-    from skipstone.find import find_compress_kv, find_self_speculate
+    from skipstone.find import find_compress_kv, find_compress_prompt, find_self_speculate
     from skipstone.optimize import optimize
     from skipstone.runtime.artifact.store import check_free
 
@@ -215,6 +223,8 @@ def _optimize(arguments: argparse.Namespace) -> None:
     if arguments.find_draft and (arguments.calibration is None or arguments.budget or arguments.no_cache):
         hint = "Add --calibration FILE, and leave out --no-cache; a plan that was proved before is --plan FILE."
         raise UserError("--find-draft needs text to try drafts on, a cache, and a plan that is settled.", hint=hint)
+    if arguments.prompt_rows == AUTO and not arguments.budget:
+        raise UserError(f"--prompt-rows {AUTO} without a budget.", hint="Add --budget nll=0.01, or say how many.")
     plan, budget = _plan(arguments), arguments.budget and Budget(**dict([arguments.budget]))
     model = load_model(arguments.model, arguments.trust_remote_code, arguments.device)
     tokens = calibration = None
@@ -228,7 +238,10 @@ def _optimize(arguments: argparse.Namespace) -> None:
         tokens = _tokens(arguments.prompt, tokenizer).to(model.device)
     if arguments.kv_window and budget:
         assert calibration is not None
-        plan = _with_heads(plan, find_compress_kv(model, calibration, budget, window=arguments.kv_window))
+        plan = _with(plan, find_compress_kv(model, calibration, budget, window=arguments.kv_window))
+    if arguments.prompt_rows == AUTO:
+        assert calibration is not None
+        plan = _with(plan, find_compress_prompt(model, calibration, budget))
     if arguments.find_draft:
         options = {"target": arguments.target, "threads": arguments.threads, "progress": True}
         assert calibration is not None
@@ -318,6 +331,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> Any:
     """The plan that the options spell, or None."""
     from skipstone.passes.compress_kv import CompressKV
+    from skipstone.passes.compress_prompt import CompressPrompt
     from skipstone.passes.quantize_kv import QuantizeKV
     from skipstone.passes.quantize_weights import QuantizeWeights
     from skipstone.passes.skip_sublayers import SkipSublayers
@@ -333,21 +347,22 @@ def _plan(arguments: argparse.Namespace) -> Any:
     if arguments.kv:
         name, granularity = arguments.kv
         entries.append(QuantizeKV(k=name, v=name, granularity=granularity))
+    if arguments.prompt_rows:
+        entries.append(CompressPrompt() if arguments.prompt_rows == AUTO else CompressPrompt(arguments.prompt_rows))
     if not entries:
         return Plan.load(arguments.plan) if arguments.plan else None
     if arguments.plan:
         hint = "Put the sublayers to skip and the formats into the plan."
-        raise InvalidPlan("--plan excludes --skip-..., --weights, --kv and --kv-window.", hint=hint)
+        raise InvalidPlan("--plan excludes --skip-..., --weights, --kv, --kv-window and --prompt-rows.", hint=hint)
     return Plan(entries)
 
 
-def _with_heads(plan: Any, found: Any) -> Any:
-    """The plan with the heads that were found to do with a window, in place of all heads."""
-    from skipstone.passes.compress_kv import CompressKV
+def _with(plan: Any, found: Any) -> Any:
+    """The plan with the entry that was found in place of its own of the same kind."""
     from skipstone.plan import Plan
 
-    others = [entry for entry in plan if not isinstance(entry, CompressKV)]
-    return Plan.of([*others, *found])
+    (entry,) = found
+    return Plan.of([*(each for each in plan if type(each) is not type(entry)), entry])
 
 
 def _calibration(path: Path, tokenizer: Any, model: Any) -> Any:
@@ -360,6 +375,10 @@ def _calibration(path: Path, tokenizer: Any, model: Any) -> Any:
         raise UserError(f"Cannot read the calibration text {path}: {error}.") from error
     longest = getattr(model.config, "max_position_embeddings", None) or WINDOW
     return tokenize([text], tokenizer, min(WINDOW, longest))[:WINDOWS]
+
+
+def _rows(text: str) -> int | str:
+    return AUTO if text == AUTO else _positive(text)
 
 
 def _indices(text: str) -> tuple[int, ...]:

@@ -16,11 +16,13 @@ from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.errors import InvalidPlan, UserError
 from skipstone.ir.program import Program
 from skipstone.optimize import Target, capture, resolve
+from skipstone.passes.compress_prompt import CompressPrompt
 from skipstone.passes.fuse_parallel import FuseParallel
 from skipstone.passes.layer_parallel import LayerParallel
 from skipstone.passes.self_speculate import SelfSpeculate
 from skipstone.passes.skip_by_prompt import SkipByPrompt
 from skipstone.plan import Plan
+from skipstone.prompt_rows import choose_prompt_rows
 from skipstone.prompts import skip_by_prompt
 from skipstone.rewrite import check_model, check_plan
 from skipstone.segments import choose_segment
@@ -136,6 +138,35 @@ def find_compress_kv(
     return Plan([found.entry], model=program.source.fingerprint)
 
 
+def find_compress_prompt(
+    model: nn.Module,
+    calibration: CalibrationData,
+    budget: Budget,
+    *,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+) -> Plan:
+    """A plan that keeps as few tokens of each prompt as a budget allows; see `skipstone.prompt_rows`.
+
+    The data that `optimize` holds out for the proof is not looked at: give it the plan, and the same calibration data
+    and budget.
+
+    Args:
+        model, calibration, example_inputs: as of `optimize`; sequences as long as the model will be used with. The
+            first half of each is its prompt.
+        budget: with a limit on predictions.
+        settings: what tokens are kept by (``like``, an entry whose number of rows does not count), and ``progress``.
+    Raises:
+        UserError: the model, the data or a setting cannot be used.
+        Unsupported: the model can have no cache, or all of a prompt is needed to keep the budget.
+    """
+    refuse_unusable(model)
+    _check_budget(budget)
+    program = capture(model, example_inputs)
+    found = choose_prompt_rows(program, _chosen_on(calibration, program, budget), budget, **settings)
+    return Plan([found.entry], model=program.source.fingerprint)
+
+
 def find_self_speculate(
     model: nn.Module,
     calibration: CalibrationData,
@@ -165,7 +196,7 @@ def find_self_speculate(
     plan = Plan([]) if plan is None else plan
     target = resolve(target, next((p.device.type for p in model.parameters()), "cpu"))
     check_plan(plan, target, calibrated=True)
-    if any(isinstance(entry, (SelfSpeculate, SkipByPrompt)) for entry in plan):
+    if any(isinstance(entry, (CompressPrompt, SelfSpeculate, SkipByPrompt)) for entry in plan):
         raise InvalidPlan("the plan has a draft, or programs of its own to go on with.", hint="Leave that entry out.")
     program = capture(model, example_inputs)
     check_model(plan, program)

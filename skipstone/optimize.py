@@ -19,7 +19,7 @@ from skipstone.calibrate import Batch, CalibrationData, joined, token_batches
 from skipstone.certify import candidates, refuse_model, within
 from skipstone.ir.capture.exported import refuse_unusable
 from skipstone.ir.capture.module import capture_module
-from skipstone.ir.cost import cost, evaluate, example_sizes, kv_bytes_fixed, kv_bytes_per_token
+from skipstone.ir.cost import cost, evaluate, example_sizes, kv_bytes_fixed, kv_bytes_of_prompt, kv_bytes_per_token
 from skipstone.ir.errors import InvalidInput, InvalidPlan, Unsupported, UserError
 from skipstone.ir.program import Program
 from skipstone.ir.stream import PARALLEL, SublayerKind, find_stream
@@ -222,6 +222,7 @@ def footprint(program: Program) -> Footprint:
         kv_bytes_per_token=kv_bytes_per_token(program),
         nodes=sum(1 for _ in program.nodes()),
         kv_bytes_fixed=kv_bytes_fixed(program),
+        kv_bytes_of_prompt=kv_bytes_of_prompt(program),
     )
 
 

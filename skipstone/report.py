@@ -58,6 +58,7 @@ class Footprint:
         kv_bytes_per_token: bytes of keys and values that each token adds.
         nodes: operators of the graph.
         kv_bytes_fixed: bytes of keys and values that each sequence takes however long it is.
+        kv_bytes_of_prompt: the most that a prompt takes of those once it is read, None without such a limit.
     """
 
     sublayers: int
@@ -68,6 +69,7 @@ class Footprint:
     kv_bytes_per_token: float
     nodes: int
     kv_bytes_fixed: float = 0
+    kv_bytes_of_prompt: float | None = None
 
 
 @dataclass(frozen=True)
@@ -334,6 +336,8 @@ class Report:
             if before.kv_bytes_fixed or after.kv_bytes_fixed:
                 fixed = _pair(before.kv_bytes_fixed, after.kv_bytes_fixed, format_bytes)
                 table.add_row("keys and values, fixed", *fixed)
+            if after.kv_bytes_of_prompt is not None:
+                table.add_row("keys and values of a prompt", "all", f"<= {format_bytes(after.kv_bytes_of_prompt)}", "")
         first, second = self.timing_before, self.timing_after
         prompt, decode = "prefill", "decode, a token"
         if measured := second or first:

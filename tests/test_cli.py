@@ -18,6 +18,7 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.errors import InternalError, Unsupported, UserError
 from skipstone.ir.program import Program
 from skipstone.passes.compress_kv import CompressKV, StreamingHeads
+from skipstone.passes.compress_prompt import CompressPrompt
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.passes.quantize_weights import QuantizeWeights
 from skipstone.passes.self_speculate import SelfSpeculate
@@ -375,6 +376,28 @@ def test_heads_that_see_a_window_are_those_that_a_budget_allows(
         1, Budget(kl=0.5), {"window": 9},
         (SkipSublayers(ffn=(1,)), found),
     ]  # fmt: skip
+
+
+def test_rows_of_prompts_are_as_many_as_were_asked_for_or_as_few_as_a_budget_allows(
+    capsys, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[object] = []
+
+    def carry_out(_model: object, plan: Plan, **_options: object) -> None:
+        asked.append(plan.entries)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skipstone.find.find_compress_prompt", lambda *_: Plan([CompressPrompt(99)]))
+    monkeypatch.setattr(sys.modules["skipstone.optimize"], "optimize", carry_out)
+    text = tmp_path / "text"
+    text.write_text("some text to try it on")
+    options = ("optimize", checkpoint, "--skip-ffn", "1", "--prompt-rows")
+    run(capsys, *options, "64")
+    run(capsys, *options, "auto", "--calibration", str(text), "--budget", "kl=0.5")
+    skip = SkipSublayers(ffn=(1,))
+    assert asked == [(skip, CompressPrompt(64)), (skip, CompressPrompt(99))]
+    code, _, err = run(capsys, *options, "auto")
+    assert code == 2 and "--prompt-rows auto without a budget" in err
 
 
 @pytest.mark.usefixtures("captured_once")
