@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
-from transformers.cache_utils import DynamicCache
 
-from benchmarks import kv_end_to_end as end_to_end
-from benchmarks.harness import Row, Samples, arguments, publish, take_turns
-from benchmarks.kv_end_to_end import CONTEXT, Decoding, fill, make_model, ours, read, turn
+from benchmarks.harness import Row, arguments, publish
+from benchmarks.kv_end_to_end import CONTEXT, make_model, read
+from benchmarks.long_context import cache_ratio, decode_times, executables_of, ratio, theirs
 from benchmarks.reference.evaluate import CHECKPOINT, windows
 from skipstone.budget import METRICS
 from skipstone.calibrate import Batch, joined, token_batches
@@ -37,7 +35,6 @@ from skipstone.optimize import capture
 from skipstone.passes.compress_kv import CompressKV, StreamingHeads
 from skipstone.passes.quantize_kv import QuantizeKV
 from skipstone.plan import Plan
-from skipstone.report import HuggingFaceSteps
 from skipstone.streaming import Head, compare_streaming, head_errors
 
 DEEP = CHECKPOINT.parent / "stdlib-llama-16"
@@ -46,7 +43,6 @@ KEPT, SHARES = (16, 64), (0.5, 0.75, 1.0)
 DRAWS = 3
 CHOSEN_ON, PROVED_ON = 32, 64  # windows of text
 WINDOW, OWN_WINDOW, SHORT = 256, 1024, 512  # tokens of contexts
-ROUNDING = 1e-4
 
 
 def main() -> None:
@@ -112,18 +108,18 @@ def streaming(quick: bool) -> list[Row]:
         "all": Plan([CompressKV(WINDOW, SINKS)]),
     }
     rows = []
-    executables, ids = _executables(model, plans, quick)
+    executables, ids = executables_of(model, plans, quick)
     for length, suffix in ((CONTEXT, "8k"), (SHORT, "512")):
         prefill, systems = read(executables, ids[:, :length], rounds=1 if quick else 3)
         if length == CONTEXT:
-            systems["hf"] = _theirs(model, systems["full"])
-        decode = _decode(systems, quick)
+            systems["hf"] = theirs(model, systems["full"])
+        decode = decode_times(systems, quick)
         others = ("full", "int8", *(["hf"] if length == CONTEXT else []))
-        rows += [_ratio(f"decode_{suffix}_{name}_vs_{other}", decode[other], decode[name])
+        rows += [ratio(f"decode_{suffix}_{name}_vs_{other}", decode[other], decode[name])
                  for name in ("half", "all") for other in others]  # fmt: skip
-        rows += [_ratio(f"prefill_{suffix}_{name}_vs_full", prefill["full"], prefill[name]) for name in ("half", "all")]
+        rows += [ratio(f"prefill_{suffix}_{name}_vs_full", prefill["full"], prefill[name]) for name in ("half", "all")]
         if length == CONTEXT:
-            rows += [_bytes(f"cache_bytes_8k_{name}_over_full", systems, name) for name in ("int8", "half", "all")]
+            rows += [cache_ratio(f"cache_bytes_8k_{name}_over_full", systems, name) for name in ("int8", "half", "all")]
     return rows
 
 
@@ -136,54 +132,13 @@ def own_windows(quick: bool) -> list[Row]:
     model = MistralForCausalLM(
         MistralConfig(**{name: config[name] for name in names}, sliding_window=OWN_WINDOW)
     ).eval()
-    executables, ids = _executables(model, {"full": Plan([]), "window": Plan([CompressKV()])}, quick)
+    executables, ids = executables_of(model, {"full": Plan([]), "window": Plan([CompressKV()])}, quick)
     prefill, systems = read(executables, ids, rounds=1 if quick else 3)
-    systems["hf"] = _theirs(model, systems["full"])
-    decode = _decode(systems, quick)
-    rows = [_ratio(f"own_window_decode_8k_vs_{other}", decode[other], decode["window"]) for other in ("full", "hf")]
-    rows.append(_ratio("own_window_prefill_8k_vs_full", prefill["full"], prefill["window"]))
-    return [*rows, _bytes("own_window_cache_bytes_8k_over_full", systems, "window")]
-
-
-def _executables(model: Any, plans: Mapping[str, Plan], quick: bool) -> tuple[dict[str, dict[int, Any]], Tensor]:
-    counts = end_to_end.QUICK_THREADS if quick else end_to_end.THREADS
-    ids = torch.randint(0, model.config.vocab_size, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
-    calibration = ids[:, : end_to_end.CALIBRATION]
-    return {name: ours(model, plan, calibration, counts) for name, plan in plans.items()}, ids
-
-
-@torch.no_grad()
-def _theirs(model: Any, full: Decoding) -> Decoding:
-    """The model in transformers, where our executable without a plan is; it must go on as that does."""
-    cache = DynamicCache(config=model.config)
-    fill(cache, full.cache, model.config.num_hidden_layers)
-    return Decoding(dict.fromkeys(full.steps, HuggingFaceSteps(model)), cache, 0.0, full.token)
-
-
-def _decode(systems: Mapping[str, Decoding], quick: bool) -> dict[str, Samples]:
-    threads = max(systems["full"].steps)
-    logits = {name: system.step(threads) for name, system in systems.items()}
-    if "hf" in logits and not float((logits["hf"] - logits["full"]).norm() / logits["hf"].norm()) <= ROUNDING:
-        raise SystemExit("the executable differs from transformers")
-    turns = {
-        (name, count): turn(name, system, count, tokens=4 if quick else 8)
-        for name, system in systems.items()
-        for count in systems["full"].steps
-    }
-    found = take_turns(turns, rounds=3 if quick else 9)
-    for name, each in found.items():
-        print(f"{name:8} {each.median * 1e3:8.2f} ms a token with {each.best_threads} threads, median of {each.count}")
-    return found
-
-
-def _ratio(metric: str, baseline: Samples, own: Samples) -> Row:
-    return Row(metric, baseline.median / own.median, baseline.median * 1e3, None, own.count)
-
-
-def _bytes(metric: str, systems: Mapping[str, Decoding], name: str) -> Row:
-    """Bytes of a whole cache over those of one that keeps all rows, both with room for the same tokens."""
-    own, full = (systems[each].cache.nbytes for each in (name, "full"))
-    return Row(metric, own / full, float(full), None, 1)
+    systems["hf"] = theirs(model, systems["full"])
+    decode = decode_times(systems, quick)
+    rows = [ratio(f"own_window_decode_8k_vs_{other}", decode[other], decode["window"]) for other in ("full", "hf")]
+    rows.append(ratio("own_window_prefill_8k_vs_full", prefill["full"], prefill["window"]))
+    return [*rows, cache_ratio("own_window_cache_bytes_8k_over_full", systems, "window")]
 
 
 if __name__ == "__main__":

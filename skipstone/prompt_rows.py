@@ -71,8 +71,7 @@ def choose_prompt_rows(
     if longest <= least:
         problem = f"the longest prompt has {longest} tokens, of which {least} are kept always."
         raise InvalidInput(problem, hint="Give longer sequences: the first half of each is its prompt.")
-    batches = [behind_prompts(batch) for batch in batches]
-    full = _executable(program, Plan([]))
+    full = executable_of(program, Plan([]))
     step = math.ceil((longest - least) / TRIALS)
     choices = range(least, longest, step)
     best: PromptFigures | None = None
@@ -82,8 +81,7 @@ def choose_prompt_rows(
         while fits - exceeds > 1:
             trial = (fits + exceeds) // 2
             entry = replace(like, rows=choices[trial])
-            changed = _executable(program, Plan([entry]))
-            seen = compare(lambda batch: logits(full, batch), lambda batch: logits(changed, batch), batches)  # noqa: B023
+            seen = compare_behind_prompts(full, executable_of(program, Plan([entry])), batches)
             if seen.keeps(budget):
                 fits, best = trial, PromptFigures(entry, seen)
             else:
@@ -97,9 +95,19 @@ def choose_prompt_rows(
     return best
 
 
-def _executable(program: Program, plan: Plan) -> Executable:
-    """What the plan gives, on the eager target."""
+def executable_of(program: Program, plan: Plan) -> Executable:
+    """What a plan gives for a program without a cache, on the eager target.
+
+    Raises:
+        Unsupported: the program can have no cache.
+    """
     rewritten, refusal = rewrite(program.copy(), plan, target="eager")
     if refusal is not None:
         raise refusal
     return Executable(lower(rewritten, "eager"), plan=plan)
+
+
+def compare_behind_prompts(full: Executable, changed: Executable, batches: Sequence[Batch]) -> Comparison:
+    """The predictions behind the first halves of sequences, by a model and with a plan that looks at prompts."""
+    later = [behind_prompts(batch) for batch in batches]
+    return compare(lambda batch: logits(full, batch), lambda batch: logits(changed, batch), later)
