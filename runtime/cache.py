@@ -278,7 +278,7 @@ class KVCache(Cache):
         self.buffers = {each.name: self.buffers[each.name] for each in layout}
 
     def compress_prompts(self, scores: Mapping[str, Tensor]) -> None:
-        """Keep the rows of prompts that score best, in their order, in buffers that hold no more of a prompt.
+        """Keep the rows of prompts that score best (of equal ones the first), in buffers that hold no more of a prompt.
 
         It stands between the reading of prompts, whose lengths are `decode_start`, and the first step behind them.
 
