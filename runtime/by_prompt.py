@@ -49,9 +49,9 @@ class PromptSession:
             prompt = torch.where(whole.decode_start > 0, whole.decode_start - whole.lengths, count)
             if not torch.equal(count, prompt):
                 return self._step_beyond(prompt, tokens, positions, count, logit_rows, cache)
-            whole.decode_start = whole.lengths + prompt
             roles = (Role.LOGITS, Role.CHOICE, Role.PROMPT_SCORES)
             logits, *others = self.prompts.step_roles(tokens, positions, count, logit_rows, whole, *roles)
+            whole.decode_start = whole.lengths + prompt
             choice = others.pop(0) if len(self.continuations) > 1 else torch.zeros_like(count)
             cache.decide(choice, self._by_buffer(others))
             return logits

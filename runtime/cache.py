@@ -296,6 +296,7 @@ class KVCache(Cache):
                 new = each.allocate(self.batch, capacity, old.device)
                 new[:, :, :kept] = old.gather(2, rows.expand(*rows.shape[:3], old.shape[3]))
                 self.buffers[each.name] = new
+        self.lease = None  # what it is for has the buffers that are to be freed
 
     @property
     def _is_compressed(self) -> bool:

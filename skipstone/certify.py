@@ -226,6 +226,8 @@ def by_set(model: Executable, batches: Sequence[Batch]) -> dict[str, list[Batch]
     Returns:
         by name of the set, e.g. ``"set 2"``, those sequences; sets that no prompt chooses are missing.
     """
+    if len(model.program.continuations) == 1:
+        return {"set 0": list(batches)}
     found: dict[str, list[Batch]] = {}
     for batch in batches:
         choice = chosen_sets(model, batch)

@@ -102,6 +102,11 @@ def test_attentions_of_several_layers_are_compressed_together_or_not_at_all() ->
         optimized("gqa", Plan([*plan, CompressPrompt(layers=(0,))]))
     opt = optimized("gqa", Plan([*plan, ENTRY]))
     assert [kept_rows(node) for node in opt.program.continuations[0].nodes(*CACHED_OPS)] == [12, 12]
+    rows = tokens(2, 50)
+    _, cache = opt.prefill(rows[:, :40])
+    steps = torch.stack([opt.decode(rows[:, place], cache) for place in range(40, 50)], dim=1)
+    _, cache = opt.prefill(rows[:, :40])
+    torch.testing.assert_close(opt.decode(rows[:, 40:], cache), steps, atol=1e-4, rtol=1e-4)
 
 
 def test_prompts_are_read_whole() -> None:
