@@ -120,6 +120,7 @@ def test_recomputing_would_keep_everything() -> None:
         optimized("gqa", Plan([ENTRY])).generate(tokens(1, 40), max_new_tokens=4, use_cache=False)
 
 
+@pytest.mark.slow
 def test_windows_of_the_model_stay() -> None:
     """A layer with a window of its own keeps all rows, one without is compressed."""
     opt = skipstone.optimize(models.model("gemma2"), Plan([ENTRY]), target="eager", progress=False)
@@ -151,6 +152,7 @@ def test_formats_whose_rows_stay_where_they_are(quantize: QuantizeKV, why: str) 
     assert not opt.program.continuations
 
 
+@pytest.mark.slow
 def test_keys_without_their_bias_keep_all_rows() -> None:
     source = capture_huggingface(tiny_model("qwen2"))
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -19,7 +20,7 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.cost import kv_bytes, kv_bytes_of_prompt
 from skipstone.ir.program import Program
 from skipstone.optimize import lower
-from skipstone.prompt_rows import choose_prompt_rows
+from skipstone.prompt_rows import choose_prompt_rows, compare_behind_prompts, executable_of
 from skipstone.rewrite import rewrite
 from skipstone.runtime.executable import Executable
 from tests.compress_cases import KV_HEADS, LAYERS, captured, model, optimized, tokens
@@ -55,7 +56,8 @@ def build(plan: Plan, program: Program) -> Executable:
     return Executable(lower(rewritten, "eager"), plan=plan, report=skipstone.Report("Llama", "eager"))
 
 
-def test_the_least_is_kept_where_nothing_is_looked_at() -> None:
+def test_the_least_is_kept_where_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipstone.prompt_rows.TRIALS", 4)
     found = choose_prompt_rows(without_values(), batches(), Budget(kl=0.0), like=LIKE)
     assert found.entry == CompressPrompt(LEAST, observed=4, sinks=2, pool=3)
     assert METRICS["kl"](found.seen).value == 0
@@ -88,9 +90,9 @@ def test_the_number_is_the_first_that_keeps_the_budget() -> None:
 
 
 def test_a_plan_is_compared_as_it_is_carried_out() -> None:
-    found = choose_prompt_rows(captured("gqa"), batches(), Budget(kl=100.0), like=LIKE)
-    assert found.entry.rows == LEAST
-    assert METRICS["kl"](found.seen).value == pytest.approx(divergence(LEAST), rel=1e-4)
+    plans = Plan([]), Plan([replace(LIKE, rows=LEAST)])
+    seen = compare_behind_prompts(*(executable_of(captured("gqa"), plan) for plan in plans), batches())
+    assert METRICS["kl"](seen).value == pytest.approx(divergence(LEAST), rel=1e-4)
 
 
 def test_a_found_plan_is_proved_though_it_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +133,8 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_chosen_is_refused(name: str) -> None:
+def test_what_cannot_be_chosen_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipstone.prompt_rows.TRIALS", 4)
     budget, like, error, message = REFUSALS[name]
     with pytest.raises(error, match=message):
         choose_prompt_rows(captured("gqa"), batches(), budget, like=like)
