@@ -409,22 +409,25 @@ def kv_bytes_per_token(program: Program) -> int:
 def kv_bytes(program: Program, tokens: int, prompt: int) -> int:
     """Bytes of keys and values of a sequence, of whose `tokens` the first `prompt` are its prompt.
 
-    Where several programs may go on with it, they are counted as if all of the prompt were kept.
+    Where several programs may go on with it, it is the most that one of them keeps.
     """
-    behind = _behind_prompt(program)
-    rows = ((tokens - max(prompt - (kept_rows(node) or prompt), 0), size) for node, size in _growing_slots(behind))
-    return math.ceil(sum(number * size for number, size in rows)) + kv_bytes_fixed(behind)
+    return max(
+        math.ceil(sum((tokens - max(prompt - (rows or prompt), 0)) * size for rows, size in slots)) + fixed
+        for slots, fixed in ((_kept(each), kv_bytes_fixed(each)) for each in program.continuations or (program,))
+    )
 
 
 def kv_bytes_of_prompt(program: Program) -> int | None:
     """The most bytes of keys and values that a prompt takes once it is read; None where they grow with it."""
-    slots = [(kept_rows(node), size) for node, size in _growing_slots(_behind_prompt(program))]
-    return math.ceil(sum(rows * size for rows, size in slots)) if slots and all(rows for rows, _ in slots) else None
+    behind = [_kept(each) for each in program.continuations or (program,)]
+    if any(not slots or not all(rows for rows, _ in slots) for slots in behind):
+        return None
+    return max(math.ceil(sum(rows * size for rows, size in slots)) for slots in behind)
 
 
-def _behind_prompt(program: Program) -> Program:
-    """What goes on with all sequences, where that is one program."""
-    return program.continuations[0] if len(program.continuations) == 1 else program
+def _kept(program: Program) -> list[tuple[int, float]]:
+    """Of each slot that grows with a sequence, the most rows of a prompt, 0 for all, and the bytes of a token."""
+    return [(kept_rows(node), size) for node, size in _growing_slots(program)]
 
 
 def _growing_slots(program: Program) -> Iterator[tuple[fx.Node, float]]:

@@ -71,6 +71,10 @@ class Pass:
     def ensures(self, program: Program) -> None:
         """Raise InternalError when the result is not what the pass promises."""
 
+    def behind_prompts(self) -> Pass | None:
+        """What does the same to the programs that go on behind prompts; None where `rewrite` has just made them."""
+        return self
+
     def applied(self, where: str, why: str = "", **numbers: float) -> Remark:
         """A remark of this pass: something was done."""
         return Remark(self.name, Status.APPLIED, where, why, numbers)
@@ -122,7 +126,7 @@ class Pipeline:
 def run_pass(each: Pass, program: Program, strict: bool = True) -> Program:
     """Run one pass on a copy of `program`, verify the result, and enter it into the history.
 
-    What goes on with a sequence behind its prompt (`Program.continuations`) gets the same rewrite.
+    What goes on with a sequence behind its prompt (`Program.continuations`) gets the rewrite of `behind_prompts`.
     """
     started = time.perf_counter()
     each.check(program)
@@ -130,9 +134,9 @@ def run_pass(each: Pass, program: Program, strict: bool = True) -> Program:
     result = program.copy()
     remarks = each.rewrite(result)
     result.recompile()
+    if (behind := each.behind_prompts()) is not None:
+        result.continuations = tuple(run_pass(behind, part, strict) for part in result.continuations)
     each.ensures(result)
-    if program.continuations:
-        result.continuations = tuple(run_pass(each, part, strict) for part in program.continuations)
     if strict:
         verify(result, after=each.name)
         if not _mandatory(each) and not any(remark.status is Status.APPLIED for remark in remarks):
@@ -148,7 +152,7 @@ def run_pass(each: Pass, program: Program, strict: bool = True) -> Program:
 
 def _mandatory(each: Pass) -> bool:
     """Passes that run on every program, whether or not they find something to do."""
-    return each.name in ("cleanup", "condition_kv", "kv_cache")
+    return each.name in ("cleanup", "condition_kv", "kv_cache", "behind_prompt")
 
 
 def summary(remarks: Iterable[Remark]) -> dict[Status, int]:

@@ -81,8 +81,6 @@ class CompressPrompt(Pass):
         if not program.slots():
             hint = "Remove it from the plan, or use cache=True."
             raise Unsupported(f"{self.name} for a program without a KV cache", hint=hint)
-        if program.continuations:
-            raise Unsupported(f"{self.name} together with another pass that goes on by other programs")
         if (writer := shared_slot(program)) is not None:
             feature = f"{self.name} for a cache slot that several iterations write"
             raise Unsupported(feature, where=module_path(writer), hint="Take kv='iterate' in layer_parallel.")
@@ -99,22 +97,23 @@ class CompressPrompt(Pass):
 
     def rewrite(self, program: Program) -> list[Remark]:
         """See `Pass.rewrite`."""
-        behind = program.copy()
-        remarks, slots = [], set()
-        for node, site in self._sites(program):
+        whole, remarks = program.copy(), []
+        for node, site in self.sites(program):
             if reason := _refusal(node):
                 remarks.append(self.refused(site, reason))
                 continue
             slot: Any = node.kwargs["slot"]
-            slots.add(slot)
             program.add_output(Port(f"scores_{slot}", Role.PROMPT_SCORES, slot), self._scores(program, node))
             remarks.append(self.applied(site, f"{self.rows} rows of a prompt are kept", rows=self.rows))
-        if slots:
-            self._go_on(behind, slots)
-            program.continuations = (behind,)
+        if any(port.role == Role.PROMPT_SCORES for port in program.outputs):
+            program.continuations = program.continuations or (whole,)
         return remarks or [self.missed("model", "no attention sees all tokens before it")]
 
-    def _sites(self, program: Program) -> Iterator[tuple[fx.Node, str]]:
+    def behind_prompts(self) -> Pass:
+        """See `Pass.behind_prompts`."""
+        return _GoOn(self)
+
+    def sites(self, program: Program) -> Iterator[tuple[fx.Node, str]]:
         """The attentions that see everything before them; what has a window reads little as it is."""
         for node, site in sites(program).items():
             if node.kwargs["kind"] == Kind.CAUSAL and (self.layers is None or node.meta.get("layer") in self.layers):
@@ -128,22 +127,6 @@ class CompressPrompt(Pass):
         with provenance(program, self.name, like=node), program.graph.inserting_before(node):
             return program.call(PROMPT_SCORES, *node.args[:2], count, _sinks(node), **options)
 
-    def _go_on(self, program: Program, slots: set[int]) -> None:
-        """Make attentions of these slots go on behind the rows that are kept of their prompts."""
-        start = program.input(Role.START)
-        if start is None:
-            raise InternalError("a cached program without the input `start`")
-        prompt = program.input(Role.DECODE_START)
-        if prompt is None:
-            prompt = program.add_input(Port("decode_start", Role.DECODE_START), start.meta["val"].clone())
-        nodes = [node for node in program.nodes(*CACHED_OPS) if node.kwargs["slot"] in slots]
-        last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
-        with provenance(program, self.name, like=nodes[0]), program.graph.inserting_after(last):
-            place = program.call(KEPT_START, start, prompt, rows=self.rows)
-        for node in nodes:
-            node.update_arg(START_PLACE, place)
-        program.recompile()
-
     def ensures(self, program: Program) -> None:
         """See `Pass.ensures`."""
         scored = {port.slot for port in program.outputs if port.role == Role.PROMPT_SCORES}
@@ -151,6 +134,33 @@ class CompressPrompt(Pass):
             for node in part.nodes(*CACHED_OPS):
                 if (kept_rows(node) == self.rows) != (node.kwargs["slot"] in scored):
                     raise InternalError(f"{node.name} does not go on where its prompt's rows end")
+
+
+@dataclass(frozen=True)
+class _GoOn(Pass):
+    """Make attentions go on behind the rows that `CompressPrompt` keeps of their prompts."""
+
+    name: ClassVar[str] = "behind_prompt"
+
+    entry: CompressPrompt = CompressPrompt()
+
+    def rewrite(self, program: Program) -> list[Remark]:
+        """See `Pass.rewrite`."""
+        nodes = {node: site for node, site in self.entry.sites(program) if not _refusal(node)}
+        if not nodes:
+            return [self.missed("model", "no attention is compressed")]
+        start = program.input(Role.START)
+        if start is None:
+            raise InternalError("a cached program without the input `start`")
+        prompt = program.input(Role.DECODE_START)
+        if prompt is None:
+            prompt = program.add_input(Port("decode_start", Role.DECODE_START), start.meta["val"].clone())
+        last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
+        with provenance(program, self.name, like=next(iter(nodes))), program.graph.inserting_after(last):
+            place = program.call(KEPT_START, start, prompt, rows=self.entry.rows)
+        for node in nodes:
+            node.update_arg(START_PLACE, place)
+        return [self.applied(site, f"goes on behind {self.entry.rows} rows of a prompt") for site in nodes.values()]
 
 
 def _sinks(node: fx.Node) -> Any:

@@ -113,6 +113,9 @@ class SkipByPrompt(Pass):
             for number, (entry, part) in enumerate(zip(self.sets, program.continuations, strict=True))
         ]
 
+    def behind_prompts(self) -> None:
+        """See `Pass.behind_prompts`."""
+
     def _choice(self, program: Program) -> fx.Node:
         """int64 [B]: the number of the set for each sequence."""
         stream = find_stream(program)

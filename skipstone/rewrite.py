@@ -187,7 +187,6 @@ _APART: Mapping[tuple[type[Pass], type[Pass]], str] = {
     (CompressKV, CompressPrompt): "which reads prompts in one step",
     (SelfSpeculate, SkipByPrompt): "which goes on by several programs",
     (SelfSpeculate, CompressPrompt): "which goes on by another program",
-    (CompressPrompt, SkipByPrompt): "which goes on by programs of its own",
 }
 """Entries that do not go together, and what of the second one the first cannot do with."""
 

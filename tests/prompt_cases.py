@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,8 +67,14 @@ def reference(
     rest: Tensor,
     dtype: torch.dtype = torch.float32,
     layers: list[list[set[int]]] | None = None,
+    without: Sequence[int] = (),
 ) -> Tensor:
-    """Logits [S, V] of a prompt and what follows it, read at once without a cache; by default with what is `kept`."""
+    """Logits [S, V] of a prompt and what follows it, read at once and without a cache.
+
+    Args:
+        layers: what is seen of the prompt, by default what is `kept`.
+        without: layers whose FFN is left out behind the prompt.
+    """
     own, rows = model(heads, dtype), torch.cat([prompt, rest])
     group, length = HEADS // KV_HEADS[heads], len(prompt)
     i, j = torch.arange(len(rows))[:, None], torch.arange(len(rows))
@@ -79,8 +87,30 @@ def reference(
             return args, {**named, "attention_mask": torch.where(mask, 0.0, -torch.inf).to(dtype)[None]}
 
         handles.append(layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True))
+
+    def leave_out(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(rows))[:, None] < length, out, 0)
+
+    handles += [own.model.layers[layer].mlp.register_forward_hook(leave_out) for layer in without]
     try:
         return own(rows[None]).logits[0]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def turns(heads: str, prompt: Tensor) -> Tensor:
+    """[2 * layers]: how far each sublayer turns the stream over a prompt [S], the mean of 1 - cosine."""
+    own = model(heads)
+    stream: list[Tensor] = []
+    norms = [norm for layer in own.model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+
+    def note(_module: Any, args: Any) -> None:
+        stream.append(args[0])
+
+    handles = [norm.register_forward_pre_hook(note) for norm in (*norms, own.model.norm)]
+    own(prompt[None])
+    for handle in handles:
+        handle.remove()
+    return torch.stack([1 - torch.cosine_similarity(*pair, dim=-1).mean() for pair in pairwise(stream)])

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 import skipstone
-from skipstone import CompressPrompt, Plan, QuantizeKV, SkipFFNAdaptive, SkipSublayers
+from skipstone import CompressPrompt, Plan, QuantizeKV, SkipByPrompt, SkipFFNAdaptive, SkipSublayers
 from skipstone.errors import ArtifactError, InvalidInput
 from skipstone.ir.capture.validate import relative_difference
 from skipstone.ir.dialect import CACHED_ATTENTION, QUANTIZED_CACHED_ATTENTION, kept_rows
 from skipstone.ir.program import Role
 from skipstone.passes.base import Status
+from skipstone.passes.skip_by_prompt import CENTROIDS
 from skipstone.rewrite import rewrite
 from skipstone.runtime.by_prompt import PromptSession
 from skipstone.runtime.executable import Executable
 from skipstone.runtime.triton import compiled
 from skipstone.runtime.triton.session import TritonSession
 from tests.compress_cases import KV_HEADS, LAYERS, TARGETS, captured, model, optimized, tokens
-from tests.prompt_cases import CASES, executable, kept, reference
+from tests.prompt_cases import CASES, executable, kept, reference, turns
 from tests.versions import skip_without_group_query_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -314,6 +315,21 @@ def test_with_sublayers_skipped_always_and_adaptively() -> None:
     _, cache = opt.prefill(rows[:, :40])
     at_once = opt.decode(written[:, 40:], cache)[0].argmax(-1)
     assert torch.equal(written[0, 41:], at_once[:-1])
+
+
+@pytest.mark.parametrize("target", ["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_prompts_choose_what_is_skipped_and_what_is_kept(target: str) -> None:
+    """Two sets, chosen by the sequences of one batch for themselves: the model without those FFNs, under masks."""
+    entry, sets, rows = CASES["all"], ((0,), (1, 2)), tokens(4, 60)
+    by_prompt = SkipByPrompt(tuple(SkipSublayers(ffn=ffn) for ffn in sets))
+    profiles = torch.stack([turns("gqa", each[:40]) for each in rows[[0, 2]]])
+    opt = optimized("gqa", Plan([by_prompt, entry], tensors={CENTROIDS: profiles}), target)
+    _, cache = opt.prefill(rows[:, :40])
+    assert cache.choice[[0, 2]].tolist() == [0, 1]
+    found = torch.cat([opt.decode(rows[:, 40], cache)[:, None], opt.decode(rows[:, 41:], cache)], dim=1)
+    for row, choice in enumerate(cache.choice.tolist()):
+        wanted = reference("gqa", entry, rows[row, :40], rows[row, 40:], without=sets[choice])
+        assert difference(found[row], wanted[40:]) < TOLERANCE
 
 
 def test_captured_programs_are_left_as_they_were() -> None:

@@ -20,8 +20,6 @@ from skipstone import (
     QuantizeWeights,
     Segment,
     SelfSpeculate,
-    SkipByPrompt,
-    SkipSublayers,
 )
 from skipstone.errors import InvalidPlan, Unsupported
 from skipstone.find import find_self_speculate
@@ -43,7 +41,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 COMPANY: dict[str, tuple[Any, str]] = {
     "windows": (CompressKV(window=9), "compress_kv together with compress_prompt, which reads prompts in one step"),
-    "sets": (SkipByPrompt((SkipSublayers(ffn=(1,)),)), "compress_prompt together with skip_by_prompt"),
     "draft": (SelfSpeculate(weights=QuantizeWeights(4)), "self_speculate together with compress_prompt"),
 }
 
