@@ -56,6 +56,7 @@ def build(plan: Plan, program: Program) -> Executable:
     return Executable(lower(rewritten, "eager"), plan=plan, report=skipstone.Report("Llama", "eager"))
 
 
+@pytest.mark.slow
 def test_the_least_is_kept_where_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skipstone.prompt_rows.TRIALS", 4)
     found = choose_prompt_rows(without_values(), batches(), Budget(kl=0.0), like=LIKE)
@@ -132,7 +133,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", [*list(REFUSALS)[:-1], pytest.param("too little", marks=pytest.mark.slow)])
 def test_what_cannot_be_chosen_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skipstone.prompt_rows.TRIALS", 4)
     budget, like, error, message = REFUSALS[name]

@@ -137,13 +137,17 @@ def _uncached(program: Program, mask: Mask, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [SAMPLE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SAMPLE[1:])])
-def test_a_sample_of_architectures(name: str) -> None:
+def test_windows_of_a_sample_of_architectures(name: str) -> None:
     assert_windows(name)
-    assert_prompts(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CACHED if name not in SAMPLE])
-def test_every_architecture_with_a_cache(name: str) -> None:
+def test_windows_of_every_architecture_with_a_cache(name: str) -> None:
     assert_windows(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CACHED)
+def test_prompts_of_every_architecture_with_a_cache(name: str) -> None:
     assert_prompts(name)
