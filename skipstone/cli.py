@@ -374,7 +374,7 @@ def _calibration(path: Path, tokenizer: Any, model: Any) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read the calibration text {path}: {error}.") from error
     longest = getattr(model.config, "max_position_embeddings", None) or WINDOW
-    return tokenize([text], tokenizer, min(WINDOW, longest))[:WINDOWS]
+    return tokenize([text], tokenizer, min(WINDOW, longest) if longest > 0 else WINDOW)[:WINDOWS]
 
 
 def _rows(text: str) -> int | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,3 +330,16 @@ def test_bad_models_and_examples_are_user_errors() -> None:
         capture_module(Scaled().eval(), {"y": torch.ones(2, 3, 16)})
     with pytest.raises(InvalidInput, match="fails on the example"):
         capture_module(Scaled().eval(), {"x": torch.ones(2, 3, 5)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"max_position_embeddings": -1}, None),  # XLNet has no end
+        ({"max_position_embeddings": None, "n_positions": 32}, 32),
+        ({}, None),
+    ],
+)
+def test_a_configuration_without_an_end_limits_nothing(settings: dict[str, int | None], positions: int | None) -> None:
+    assert huggingface._positions(SimpleNamespace(**settings)) == positions

@@ -161,6 +161,7 @@ UNCACHED: dict[str, str] = {
     "xlm-roberta": "cumsum works along the sequence at roberta.embeddings",
     "xlm-roberta-xl": "cumsum works along the sequence at roberta.embeddings",
     "xlm:causal": "add uses positions that the model counts itself at transformer",
+    "xlnet": "einsum pairs every token with every other at transformer.layer.0.rel_attn",
     "xmod": "cumsum works along the sequence at roberta.embeddings",
     "xmod:decoder": "index_put is not known to keep tokens apart at roberta.encoder.layer.0.output",
     "zamba2": "conv1d is not known to keep tokens apart at model.layers.0.mamba",
@@ -187,9 +188,8 @@ REFUSED: dict[str, str] = {
     "qwen4_exp": "control flow that depends on tensor values at qwen4_exp/modeling_qwen4_exp.py:733",
     "qwen4_exp_text": "control flow that depends on tensor values at qwen4_exp/modeling_qwen4_exp.py:733",
     "recurrent_gemma": "a sequence size fixed to 11 by the model's own code at input_ids",
-    "reformer": "the model does not run on this prompt (RuntimeError: upper bound and lower bound inconsistent)",
+    "reformer": "control flow that depends on tensor values at reformer/modeling_reformer.py:750",
     "rwkv": "a sequence size fixed to 11 by the model's own code at input_ids",
-    "xlnet": "a sequence size bound to others by the model's own code at input_ids",
     "xlstm": "a sequence size fixed to 11 by the model's own code at input_ids",
     "zamba": "a sequence size fixed to 11 by the model's own code at input_ids",
 }

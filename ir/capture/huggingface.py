@@ -182,7 +182,7 @@ def capture_huggingface(
     source = source_of(
         model,
         vocabulary=_rows(model),
-        max_positions=getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
+        max_positions=_positions(config),
     )
     causal = example_inputs is None and model.can_generate() and not model.config.is_encoder_decoder
     inputs = dict(example_inputs) if example_inputs is not None else _example(model, source.vocabulary, causal)
@@ -396,3 +396,9 @@ def _causal(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[_Caus
         if relative_difference(outputs["logits"], expected) <= TOLERANCE.get(expected.dtype, 0.0):
             return given, first
     return own, 0
+
+
+def _positions(config: Any) -> int | None:
+    """The longest sequence that a configuration has positions for; some say -1 where there is no end (XLNet)."""
+    numbers = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((number for number in numbers if number is not None and number > 0), None)
