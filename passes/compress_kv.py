@@ -11,11 +11,11 @@ from torch import fx
 
 from skipstone.ir.dialect import CACHED_ATTENTION, WINDOWED_ATTENTION, Kind, key_bias_of
 from skipstone.ir.errors import InternalError, InvalidPlan, Unsupported
-from skipstone.ir.program import ATTENTIONS, Port, Program, Role, module_path, provenance
+from skipstone.ir.program import ATTENTIONS, Port, Program, Role, provenance
 from skipstone.ir.statistics import sites
 from skipstone.ir.windowed import window_rows
 from skipstone.passes.base import Pass, Remark
-from skipstone.passes.kv_cache import count_input, drop_slot, shared_slot
+from skipstone.passes.kv_cache import check_slots, count_input, drop_slot
 from skipstone.passes.split_heads import HEADS, SplitHeads, heads_of
 
 
@@ -141,12 +141,7 @@ class CompressKV(Pass):
     def check(self, program: Program) -> None:
         """See `Pass.check`."""
         self.validate()
-        if not program.slots():
-            hint = "Remove it from the plan, or use cache=True."
-            raise Unsupported(f"{self.name} for a program without a KV cache", hint=hint)
-        if (writer := shared_slot(program)) is not None:
-            feature = f"{self.name} for a cache slot that several iterations write"
-            raise Unsupported(feature, where=module_path(writer), hint="Take kv='iterate' in layer_parallel.")
+        check_slots(program, self.name)
         for node, site in sites(program).items():
             if (self.layers or self.streaming) and len(node.meta.get(ATTENTIONS, ())) > 1:
                 feature = f"{self.name} of some heads or layers where attentions of several layers are one"

@@ -137,6 +137,20 @@ def shared_slot(program: Program) -> fx.Node | None:
     return None
 
 
+def check_slots(program: Program, name: str) -> None:
+    """Refuse a program whose cache slots a pass of this name cannot give another form.
+
+    Raises:
+        Unsupported: there are none, or several iterations write one.
+    """
+    if not program.slots():
+        hint = "Remove it from the plan, or use cache=True."
+        raise Unsupported(f"{name} for a program without a KV cache", hint=hint)
+    if (writer := shared_slot(program)) is not None:
+        feature = f"{name} for a cache slot that several iterations write"
+        raise Unsupported(feature, where=module_path(writer), hint="Take kv='iterate' in layer_parallel.")
+
+
 def select_logit_rows(program: Program) -> None:
     """Gather the rows `logit_rows` [B, R] of the last hidden state before the head reads it.
 
