@@ -27,8 +27,9 @@ from skipstone.ir.capture.huggingface import capture_huggingface
 from skipstone.ir.dialect import CACHED_OPS, kept_rows
 from skipstone.passes.base import Status
 from skipstone.rewrite import check_plan, rewrite
+from skipstone.runtime.onnx.lower import lower
 from tests import models
-from tests.compress_cases import model, optimized, tokens
+from tests.compress_cases import captured, model, optimized, tokens
 from tests.tiny_models import tiny_model
 
 ENTRY = CompressPrompt(rows=12, observed=4, sinks=2)
@@ -73,6 +74,18 @@ def test_not_in_an_export(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="compress_prompt in an ONNX model, whose loaders"):
         skipstone.export_onnx(model("gqa"), tmp_path / "out", Plan([ENTRY]), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_operator_that_fixes_a_size_is_not_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.export `max_pool1d` takes the length of the example for the only one."""
+
+    def fixed(_q: Any, k: Any, *_operands: Any, **_options: Any) -> Any:
+        return torch.nn.functional.max_pool1d(k.sum(dim=-1), 3, stride=1, padding=1)
+
+    monkeypatch.setattr("skipstone.runtime.onnx.forms.prompt_scores_reference", fixed)
+    program, _ = rewrite(captured("gqa").copy(), Plan([ENTRY]), target="onnxruntime")
+    with pytest.raises(Unsupported, match=r"works for size \d+ in dimension 1 of 'input_ids' alone"):
+        lower(program)
 
 
 def test_not_in_the_backend() -> None:
